@@ -1,0 +1,454 @@
+"""The plan: a whole run as data, never code.
+
+A plan is a TOML file that says what is trained, on what, under which guarantee. It is read strictly: an unknown key, a
+value out of range or an impossible combination is refused with what the key means and what to do. `Plan.digest` is what
+a site approves; it covers every setting but those in `[compute]`, which change speed only.
+"""
+
+import dataclasses
+import functools
+import re
+import string
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+from confide.common.canonical import canonical_bytes, sha256
+from confide.common.errors import PlanError, UsageError
+from confide.common.settings import Meaning, read_section, setting, toml_value
+
+FORMAT = "confide-plan/1"
+LARGEST_PLAN_BYTES = 1 << 20
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """`[model]`: the frozen base model."""
+
+    base: str = setting(
+        "The base model's public name, for people; its files are found by a local path.",
+        at_least=1,
+        at_most=200,
+        example="all-MiniLM-L6-v2",
+    )
+    base_digest: str = setting(
+        "The digest of the base model's files, as `confide plan new --model DIR` prints it; every site checks it.",
+        example="sha256:" + "0" * 64,
+    )
+    max_tokens: int = setting(
+        "How many tokens of a text are read; what is beyond is cut off.", default=128, at_least=2, at_most=8192
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """`[adapter]`: what is trained."""
+
+    method: str = setting(
+        "How the low-rank factors are trained. ffa: A is fixed by the seed and never sent; B and the head are trained.",
+        default="ffa",
+        choices=("ffa",),
+    )
+    rank: int = setting("The rank r of the adapter's factors.", default=8, at_least=1, at_most=256)
+    alpha: float = setting("LoRA's scale: the adapter adds alpha / rank × B A.", default=16.0, above=0, at_most=4096)
+    targets: tuple[str, ...] = setting(
+        "The names of the linear modules that carry adapters.",
+        at_least=1,
+        at_most=32,
+        example=["query", "value"],
+    )
+    top_layers: int = setting(
+        "How many of the topmost transformer layers carry adapters; 0 means all. Layers below are then computed once.",
+        default=0,
+        at_least=0,
+        at_most=1024,
+    )
+    head_start: str = setting(
+        "How the classification head starts: all zeros, or small values drawn from the seed.",
+        default="zeros",
+        choices=("zeros", "seeded"),
+    )
+    seed: int = setting(
+        "The number from which A and a seeded head are drawn, equal on every machine.",
+        default=0,
+        at_least=0,
+        at_most=2**63 - 1,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """`[task]`: what is learned and how it is scored."""
+
+    kind: str = setting(
+        "What kind of answer is learned.", default="text-classification", choices=("text-classification",)
+    )
+    labels: tuple[str, ...] = setting(
+        "The label names, in the order of the model's outputs.",
+        at_least=2,
+        at_most=10_000,
+        example=["negative", "positive"],
+    )
+    score: str = setting(
+        "The score that decides; accuracy is always shown beside it.",
+        default="macro-f1",
+        choices=("accuracy", "macro-f1", "auroc"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """`[data]`: how a site's table is read."""
+
+    label: str = setting("The column that holds the label name.", at_least=1, at_most=200, example="label")
+    text: str | None = setting(
+        "The column that holds the text; give this or `template`.", default=None, at_least=1, at_most=200
+    )
+    text_pair: str | None = setting(
+        "A second text column, for tasks on pairs of texts.", default=None, at_least=1, at_most=200
+    )
+    template: str | None = setting(
+        'Turns a table\'s row into text, such as "Age {age}, income {income}"; {name} stands for that column.',
+        default=None,
+        at_least=1,
+        at_most=10_000,
+    )
+    person_id: str | None = setting(
+        "The column that says whose row it is; a person's rows are protected together. Without it each row is one.",
+        default=None,
+        at_least=1,
+        at_most=200,
+    )
+    max_rows_per_person: int = setting(
+        "How many rows of one person are used; those that come later in the table are left out and counted.",
+        default=64,
+        at_least=1,
+        at_most=100_000,
+    )
+    on_missing: str = setting(
+        "What a missing value in a used column does: refuse the table, or skip the row and count it.",
+        default="refuse",
+        choices=("refuse", "skip"),
+    )
+    on_unknown_label: str = setting(
+        "What a label outside [task] labels does: refuse the table, or skip the row and count it.",
+        default="refuse",
+        choices=("refuse", "skip"),
+    )
+    on_empty_text: str = setting(
+        "What a text of white space only does: refuse the table, or skip the row and count it.",
+        default="refuse",
+        choices=("refuse", "skip"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Privacy:
+    """`[privacy]`: everything the guarantee follows from. The noise multiplier follows from these numbers alone."""
+
+    epsilon: float = setting(
+        "What a person's whole participation at one site may cost, over all rounds.",
+        above=0,
+        at_most=100,
+        example=8.0,
+    )
+    delta: float = setting(
+        "The probability with which epsilon may be exceeded; must be below 1 / min_persons.",
+        at_least=1e-12,
+        below=0.01,
+        example=1e-5,
+    )
+    sampling_rate: float = setting(
+        "The probability q with which each person takes part in a step, independently (Poisson sampling).",
+        above=0,
+        at_most=1,
+        example=0.1,
+    )
+    clip_norm: float = setting(
+        "The largest L2 norm of one person's gradient; longer ones are scaled down.",
+        default=1.0,
+        above=0,
+        at_most=1e6,
+    )
+    steps_per_round: int = setting(
+        "Optimizer steps a site takes in each round.", at_least=1, at_most=100_000, example=4
+    )
+    rounds: int = setting("How many rounds the run has, void ones included.", at_least=1, at_most=100_000, example=10)
+    min_persons: int = setting(
+        "The fewest persons a site must hold to take part.", at_least=2, at_most=10**9, example=1000
+    )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of one site over the whole run."""
+        return self.steps_per_round * self.rounds
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """`[training]`: how a site moves the weights; post-processing of noised gradients, so free of privacy cost."""
+
+    optimizer: str = setting(
+        "The site's optimizer; its state starts anew in each round.", default="adam", choices=("adam", "sgd")
+    )
+    learning_rate: float = setting("The step size of the adapter.", default=2e-3, above=0, at_most=100)
+    head_learning_rate: float = setting("The step size of the head.", default=1e-2, above=0, at_most=100)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Federation:
+    """`[federation]`: how sites are joined."""
+
+    min_sites: int = setting("The fewest sites whose sum may be opened.", default=3, at_least=3, at_most=1000)
+    max_sites: int = setting(
+        "The most sites of a cohort; the ring leaves head-room for this many.", default=16, at_least=3, at_most=1000
+    )
+    server_optimizer: str = setting(
+        "What the server does with the mean update: take it, give it momentum, or Adam (Reddi et al. 2021).",
+        default="fedavg",
+        choices=("fedavg", "fedavgm", "fedadam"),
+    )
+    server_learning_rate: float = setting("The server's step size.", default=1.0, above=0, at_most=100)
+    server_momentum: float | None = setting(
+        "Momentum of fedavgm, or beta 1 of fedadam; 0.9 if absent.", default=None, at_least=0, below=1
+    )
+    update_bound: float | None = setting(
+        "The largest L2 norm of a site's update that the ring encodes; longer ones are scaled down and counted. "
+        "If absent it follows from the learning rates and steps.",
+        default=None,
+        above=0,
+        at_most=1e6,
+    )
+    ring_bits: int = setting("The width of the integers that are summed.", default=32, at_least=32, at_most=32)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """`[compute]`: what changes speed only; not part of the digest, and each site may choose its own."""
+
+    device: str = setting("Where to train.", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int = setting("Processor threads; 0 leaves it to torch.", default=0, at_least=0, at_most=1024)
+    micro_batch: int = setting("Rows that go through the model at once.", default=64, at_least=1, at_most=65_536)
+    cache_prefix: bool = setting(
+        "Whether the layers below the adapters are computed once and kept in memory.", default=True
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A whole run as data. Make one with `load_plan` or `read_plan`."""
+
+    name: str
+    purpose: str
+    model: Model
+    adapter: Adapter
+    task: Task
+    data: Data
+    privacy: Privacy
+    training: Training
+    federation: Federation
+    compute: Compute
+
+    def canonical(self) -> bytes:
+        """Return the plan's one spelling: all settings, defaults included, without `[compute]`."""
+        tree: dict[str, object] = {"format": FORMAT, "name": self.name, "purpose": self.purpose}
+        for name in _SECTIONS:
+            if name != "compute":
+                tree[name] = dataclasses.asdict(getattr(self, name))
+        return canonical_bytes(tree)
+
+    @property
+    def digest(self) -> str:
+        """What a site approves: SHA-256 of `canonical()`."""
+        return sha256(self.canonical())
+
+
+_SECTIONS: dict[str, type] = {
+    "model": Model,
+    "adapter": Adapter,
+    "task": Task,
+    "data": Data,
+    "privacy": Privacy,
+    "training": Training,
+    "federation": Federation,
+    "compute": Compute,
+}
+
+
+def load_plan(path: Path) -> Plan:
+    """Read the plan in the file `path`.
+
+    Raises:
+        UsageError: There is no such file, or it cannot be read.
+        PlanError: The file is not a valid plan; all its faults are listed.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"Cannot read the plan {path}: {error.strerror or error}. Write one with: confide plan new"
+        ) from None
+    return read_plan(raw)
+
+
+def read_plan(raw: bytes) -> Plan:
+    """Read a plan from the bytes of a TOML file.
+
+    Raises:
+        PlanError: The bytes are not a valid plan; all its faults are listed.
+    """
+    if len(raw) > LARGEST_PLAN_BYTES:
+        raise PlanError(f"The plan has {len(raw)} bytes, and may have at most {LARGEST_PLAN_BYTES}.")
+    try:
+        tree = tomllib.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise PlanError(f"The plan is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError(f"The plan is not valid TOML: {error}.") from None
+    except RecursionError:
+        raise PlanError("The plan is nested too deeply to be one.") from None
+    problems = list(_head_faults(tree))
+    sections: dict[str, object] = {}
+    for name, section in _SECTIONS.items():
+        table = tree.get(name, {})
+        if not isinstance(table, dict):
+            problems.append(f"{name!r} must be a table: write [{name}] on a line of its own.")
+            continue
+        sections[name] = read_section(section, name, table, problems)
+    if problems:
+        raise PlanError(*problems)
+    plan = Plan(name=tree["name"], purpose=tree["purpose"], **sections)  # type: ignore[arg-type]
+    contradictions = list(_contradictions(plan))
+    if contradictions:
+        raise PlanError(*contradictions)
+    return plan
+
+
+def _head_faults(tree: dict[str, object]) -> Iterator[str]:
+    if tree.get("format") != FORMAT:
+        yield f'The plan must begin with format = "{FORMAT}"; it has {tree.get("format")!r}.'
+    name, purpose = tree.get("name"), tree.get("purpose")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        yield f"name = {name!r} must be 1 to 63 of a-z, 0-9 and -, beginning with a letter or digit."
+    if not isinstance(purpose, str) or not 1 <= len(purpose) <= 2000:
+        yield "purpose must be a text of 1 to 2000 characters: why this is trained, for those who approve it."
+    unknown = sorted(set(tree) - {"format", "name", "purpose", *_SECTIONS})
+    if unknown:
+        yield f"The plan has no section or key {', '.join(map(repr, unknown))}. Known sections: {', '.join(_SECTIONS)}."
+
+
+def _contradictions(plan: Plan) -> Iterator[str]:
+    """Yield what is wrong between settings that are each fine alone."""
+    data, privacy, federation = plan.data, plan.privacy, plan.federation
+    if not _DIGEST.fullmatch(plan.model.base_digest):
+        yield (
+            "[model] base_digest must be sha256: and 64 hexadecimal digits. "
+            "`confide plan new --model DIR` computes it from the model's files."
+        )
+    if (data.text is None) == (data.template is None):
+        yield "[data] needs exactly one of `text` (a column) and `template` (a row turned into text)."
+    if data.text_pair is not None and data.text is None:
+        yield "[data] text_pair goes with `text`, not with `template`."
+    if data.template is not None:
+        yield from _template_faults(data.template, data.label)
+    if data.label in {data.text, data.text_pair}:
+        yield f"[data] label and text name the same column {data.label!r}: the model would be shown the answer."
+    if data.person_id is not None and data.person_id in {data.label, data.text, data.text_pair}:
+        yield f"[data] person_id names the column {data.person_id!r}, which is already the label or the text."
+    if privacy.delta * privacy.min_persons >= 1:
+        yield (
+            f"[privacy] delta = {privacy.delta:g} is not below 1 / min_persons = {1 / privacy.min_persons:g}: with it, "
+            "publishing a person's rows outright would count as private. Lower delta or raise min_persons."
+        )
+    if privacy.sampling_rate * privacy.min_persons < 1:
+        yield (
+            f"[privacy] sampling_rate × min_persons = {privacy.sampling_rate * privacy.min_persons:g} persons a step: "
+            "most steps would be noise alone. Raise sampling_rate or min_persons."
+        )
+    if privacy.steps > 1_000_000:
+        yield f"[privacy] rounds × steps_per_round = {privacy.steps} steps; at most 1000000 are allowed."
+    if federation.min_sites > federation.max_sites:
+        yield f"[federation] min_sites = {federation.min_sites} exceeds max_sites = {federation.max_sites}."
+    if federation.server_momentum is not None and federation.server_optimizer == "fedavg":
+        yield "[federation] server_momentum has no effect on fedavg. Remove it, or choose fedavgm or fedadam."
+
+
+def _template_faults(template: str, label: str) -> Iterator[str]:
+    try:
+        columns = template_columns(template)
+    except ValueError as error:
+        yield f"[data] template is malformed: {error}. Write {{column}} for a column, {{{{ and }}}} for braces."
+        return
+    if not columns:
+        yield "[data] template names no column: every row would have the same text. Write {column} for a column."
+    if label in columns:
+        yield f"[data] template shows the label column {label!r}: the model would be shown the answer."
+
+
+@functools.cache
+def template_columns(template: str) -> tuple[str, ...]:
+    """Return the columns a template names, in order, each once.
+
+    Raises:
+        ValueError: A brace is unbalanced, or a field has no name, a conversion or a format.
+    """
+    columns: dict[str, None] = {}
+    for _, column, form, conversion in string.Formatter().parse(template):
+        if column is None:
+            continue
+        if not column:
+            raise ValueError("a pair of braces is empty")
+        if form or conversion:
+            raise ValueError(f"the field {{{column}}} carries a format or conversion, which plans do not have")
+        columns[column] = None
+    return tuple(columns)
+
+
+def differences(old: Plan, new: Plan) -> list[tuple[str, str, str]]:
+    """Return (key, old value, new value) for every setting in which two plans differ, `[compute]` included."""
+    rows = [
+        (key, str(getattr(old, key)), str(getattr(new, key)))
+        for key in ("name", "purpose")
+        if getattr(old, key) != getattr(new, key)
+    ]
+    for name, section in _SECTIONS.items():
+        for field in dataclasses.fields(section):
+            before, after = getattr(getattr(old, name), field.name), getattr(getattr(new, name), field.name)
+            if before != after:
+                rows.append((f"[{name}] {field.name}", _spelled(before), _spelled(after)))
+    return rows
+
+
+def _spelled(value: object) -> str:
+    return "absent" if value is None else toml_value(value)
+
+
+def starter(name: str, base: str, base_digest: str) -> str:
+    """Return a commented plan that is valid as it stands: every key, its meaning, its range and its default."""
+    lines = [
+        "# A Confide plan: what is trained, on what, under which guarantee. Check it with: confide plan check",
+        f'format = "{FORMAT}"',
+        f"name = {toml_value(name)}",
+        'purpose = "Say here, for those who approve it, why this is trained."',
+    ]
+    given = {"base": base, "base_digest": base_digest, "text": "text"}
+    for section_name, section in _SECTIONS.items():
+        lines += ["", f"[{section_name}]"]
+        for field in dataclasses.fields(section):
+            meaning: Meaning = field.metadata["meaning"]
+            limit = f" ({meaning.limit})" if meaning.limit else ""
+            lines.append(f"# {meaning.says}{limit}")
+            value = given.get(field.name, meaning.example if field.default is dataclasses.MISSING else field.default)
+            lines.append(f"# {field.name} =" if value is None else f"{field.name} = {toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def reference() -> Iterator[tuple[str, str, str, str, str]]:
+    """Yield (section, key, default, range, meaning) for every key, for the reference page."""
+    for section_name, section in _SECTIONS.items():
+        for field in dataclasses.fields(section):
+            meaning: Meaning = field.metadata["meaning"]
+            default = "required" if field.default is dataclasses.MISSING else _spelled(field.default)
+            yield section_name, field.name, default, meaning.limit, meaning.says

@@ -1,0 +1,160 @@
+"""A run on disk: adapters by their digest, one record per round, and from them the way back after a stop.
+
+    RUN/plan.toml                 the plan as it was given
+    RUN/adapters/HEX.safetensors  each version of the adapter, named by its digest
+    RUN/moments/0007.safetensors  the server optimizer's memory after the last round, if it has any
+    RUN/rounds/0007.json          one record per round; a round counts once its record is here
+
+Every file is written whole or not at all, the record last.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from confide.common.adapter import Floats, Layout, load_vector, save_vector
+from confide.common.canonical import canonical_bytes
+from confide.common.errors import AdapterError, RunError
+from confide.common.messages import vector_digest
+from confide.server.aggregate import ServerState
+
+FORMAT = "confide-round/1"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRecord:
+    """What a round did: the manifest of the adapter version it made.
+
+    Attributes:
+        round: From 1.
+        parent: Digest of the adapter before.
+        adapter: Digest of the adapter after; the parent's if the round was void.
+        present: Sites in the sum, sorted; none if the round was void.
+        missing: Why each other site was not, as a class of error or `no answer`.
+        summation: How the sum came about, such as `insecure_plain_sum`.
+        bytes_up: Bytes each present site sent.
+        bytes_down: Bytes each site was sent.
+        seconds: How long the round took.
+    """
+
+    round: int
+    parent: str
+    adapter: str
+    present: tuple[str, ...]
+    missing: Mapping[str, str]
+    summation: str
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+class Store:
+    """One run's directory.
+
+    Args:
+        root: The directory; created if absent.
+
+    Raises:
+        RunError: A record in it is damaged or missing.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for folder in ("adapters", "moments", "rounds"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        self.records: list[RoundRecord] = []
+        self.refresh()
+
+    def refresh(self) -> list[RoundRecord]:
+        """Read the records that another process added since, and return them."""
+        fresh = []
+        while (path := self._record(len(self.records) + 1)).exists():
+            fresh.append(_read_record(path, len(self.records) + 1))
+            self.records.append(fresh[-1])
+        later = [p.name for p in (self.root / "rounds").glob("*.json") if int(p.stem) > len(self.records) + 1]
+        if later and not self._record(len(self.records) + 1).exists():
+            raise RunError(
+                f"{self.root} holds {min(later)} but not the record before it. Restore the missing file, or begin anew "
+                "in another directory."
+            )
+        return fresh
+
+    def latest(self, layout: Layout) -> ServerState | None:
+        """Return the state after the last recorded round, or None before the first.
+
+        Raises:
+            RunError: The adapter or the optimizer's memory is missing or altered.
+        """
+        if not self.records:
+            return None
+        moments = {}
+        for path in sorted((self.root / "moments").glob(f"{len(self.records):04}-*.safetensors")):
+            moments[path.stem.partition("-")[2]] = self._load(path, layout)
+        return ServerState(adapter=self.adapter(self.records[-1].adapter, layout), moments=moments)
+
+    def adapter(self, digest: str, layout: Layout) -> Floats:
+        """Return the adapter with this digest.
+
+        Raises:
+            RunError: It is missing or altered.
+        """
+        path = self._adapter(digest)
+        vector = self._load(path, layout)
+        if vector_digest(vector) != digest:
+            raise RunError(f"The adapter {path} is not what its name says. Restore it, or begin anew elsewhere.")
+        return vector
+
+    def commit(self, state: ServerState, record: RoundRecord, layout: Layout) -> None:
+        """Return once the round is on disk, the record last."""
+        number = record.round
+        if not self._adapter(record.adapter).exists():
+            with _whole(self._adapter(record.adapter)) as path:
+                save_vector(path, state.adapter, layout)
+        for name, moment in state.moments.items():
+            with _whole(self.root / "moments" / f"{number:04}-{name}.safetensors") as path:
+                save_vector(path, moment, layout)
+        with _whole(self._record(number)) as path:
+            path.write_bytes(canonical_bytes({"format": FORMAT, **dataclasses.asdict(record)}) + b"\n")
+        self.records.append(record)
+        for stale in (self.root / "moments").glob(f"{number - 1:04}-*.safetensors"):
+            stale.unlink()
+
+    def _load(self, path: Path, layout: Layout) -> Floats:
+        try:
+            return load_vector(path, layout)
+        except AdapterError as error:
+            raise RunError(f"The run in {self.root} cannot go on: {error}") from None
+
+    def _record(self, number: int) -> Path:
+        return self.root / "rounds" / f"{number:04}.json"
+
+    def _adapter(self, digest: str) -> Path:
+        return self.root / "adapters" / f"{digest.removeprefix('sha256:')}.safetensors"
+
+
+def _read_record(path: Path, number: int) -> RoundRecord:
+    try:
+        fields = json.loads(path.read_bytes())
+        if fields.pop("format") != FORMAT or fields["round"] != number:
+            raise ValueError
+        return RoundRecord(**{**fields, "present": tuple(fields["present"])})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise RunError(
+            f"The record {path} is damaged. Restore it, or remove it and all later ones to repeat those rounds."
+        ) from None
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Give a path to write to; afterwards the file is at `path`, on disk and whole."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield draft
+        with draft.open("rb") as stream:
+            os.fsync(stream.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,114 @@
+"""A whole federation in one process: one agent per site, one frozen base model for all, the server's own loop."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from confide.client.agent import Agent
+from confide.client.spends import SpendLog
+from confide.common.examples import Examples
+from confide.common.messages import Envelope
+from confide.common.model import AdaptedModel, PrefixCache
+from confide.common.plan import Plan
+from confide.common.ring import RingLayout, ring_layout
+from confide.server.aggregate import ServerState
+from confide.server.rounds import Run, run_rounds
+from confide.server.store import RoundRecord, Store
+from confide.simulations.insecure import InsecurePlainSum, InsecureSeededNoise
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Federation:
+    """The institutions of a simulation, with their rows.
+
+    Attributes:
+        name: The run's name; part of every message.
+        model: The base model and adapter that all share.
+        sites: Each site's rows, by name.
+        cache: The frozen prefix of all rows, if it was computed.
+        seed: Fixes every draw of every site.
+    """
+
+    name: str
+    model: AdaptedModel
+    sites: Mapping[str, Examples]
+    cache: PrefixCache | None
+    seed: int
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the run."""
+        return self.model.plan
+
+    def run(self) -> Run:
+        """Return what the server runs."""
+        return Run(
+            name=self.name,
+            plan=self.plan,
+            layout=self.model.layout,
+            ring=ring_layout(self.plan, self.model.layout, self.model.head),
+            sites=tuple(sorted(self.sites)),
+            summation=InsecurePlainSum(),
+        )
+
+    def agents(self, directory: Path) -> dict[str, Agent]:
+        """Return one agent per site; their spends are recorded under `directory`."""
+        ring = ring_layout(self.plan, self.model.layout, self.model.head)
+        return {site: self._agent(site, directory, ring) for site in sorted(self.sites)}
+
+    def _agent(self, site: str, directory: Path, ring: RingLayout) -> Agent:
+        def randomness(number: int) -> InsecureSeededNoise:
+            return InsecureSeededNoise(self.seed, site, number)
+
+        return Agent(
+            site=site,
+            plan=self.plan,
+            model=self.model,
+            examples=self.sites[site],
+            declared_persons=declared(self.sites[site].person_count),
+            ring=ring,
+            randomness=randomness,
+            protection=InsecurePlainSum(),
+            spends=SpendLog(directory / f"{site}.jsonl"),
+            cache=self.cache,
+        )
+
+
+Engine = Callable[[Run, Mapping[str, Agent], Store, ServerState, Callable[[RoundRecord], None]], str]
+
+
+def run_in_process(
+    run: Run,
+    agents: Mapping[str, Agent],
+    store: Store,
+    start: ServerState,
+    told: Callable[[RoundRecord], None],
+) -> str:
+    """Run the rounds with agents called directly, and return how the run ended. This is the default engine."""
+    return run_rounds(run, InProcessChannel(agents), store, start, told)
+
+
+class InProcessChannel:
+    """Hands each message to the site's agent, one site after the other.
+
+    Args:
+        agents: The sites.
+        dropouts: The sites that do not answer, by the how-manieth time the channel is used, from 1.
+    """
+
+    def __init__(self, agents: Mapping[str, Agent], dropouts: Mapping[int, frozenset[str]] | None = None) -> None:
+        self._agents = agents
+        self._dropouts = dropouts or {}
+        self._asked = 0
+
+    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Mapping[str, Envelope]:  # noqa: ARG002
+        """Return every site's answer but the scheduled dropouts'; in one process nobody is late."""
+        self._asked += 1
+        absent = self._dropouts.get(self._asked, frozenset())
+        return {site: self._agents[site].answer(m) for site, m in messages.items() if site not in absent}
+
+
+def declared(persons: int) -> int:
+    """Return the number of persons a site makes public: two leading digits, rounded down."""
+    unit = 10 ** max(0, len(str(persons)) - 2)
+    return persons // unit * unit

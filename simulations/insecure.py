@@ -1,0 +1,98 @@
+"""What a simulation may do and an institution may not. Every name here says so wherever it shows.
+
+`InsecurePlainSum` adds ring vectors that nothing hides; the arithmetic is that of the masked sum, bit for bit.
+`InsecureSeededNoise` draws noise from a number, so that a simulation can be repeated to the same bytes.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from confide.common.errors import MessageError
+from confide.common.messages import Contribution, Envelope, Failure, Offer, expect, open_envelope, seal
+from confide.common.ring import RingLayout, RingSum, RingVector
+from confide.server.rounds import Channel, Collected
+
+
+class InsecurePlainSum:
+    """Both ends of a sum without masks: the site sends its ring vector as it is, the server adds."""
+
+    name = "insecure_plain_sum"
+
+    def protect(self, vector: RingVector, offer: Offer) -> Contribution:
+        """Return the vector, unprotected."""
+        return Contribution(
+            run=offer.run,
+            round=offer.round,
+            attempt=offer.attempt,
+            ring=vector.layout.digest,
+            protection=self.name,
+            words=vector.words,
+        )
+
+    def collect(
+        self, channel: Channel, offer: Offer, sites: Sequence[str], ring: RingLayout, least: int, timeout_s: float
+    ) -> Collected:
+        """Return the sum over those sites that took part, if they are at least `least`."""
+        envelope = seal(offer)
+        answers = channel.ask(dict.fromkeys(sites, envelope), timeout_s)
+        total = np.zeros(ring.length, np.uint32)
+        present: list[str] = []
+        missing: dict[str, str] = {}
+        bytes_up = 0
+        for site in sorted(sites):
+            try:
+                contribution = _contribution(answers, site, offer, ring)
+            except MessageError as error:
+                missing[site] = type(error).__name__
+                continue
+            if isinstance(contribution, Failure):
+                missing[site] = contribution.error
+                continue
+            total += contribution.words
+            present.append(site)
+            bytes_up = answers[site].size_bytes
+        enough = len(present) >= least
+        return Collected(
+            total=RingSum(words=total, layout=ring, count=len(present)) if enough else None,
+            present=tuple(present),
+            missing=missing,
+            bytes_up=bytes_up,
+            bytes_down=envelope.size_bytes,
+        )
+
+
+def _contribution(answers: Mapping[str, Envelope], site: str, offer: Offer, ring: RingLayout) -> Contribution | Failure:
+    if site not in answers:
+        return Failure(error="no answer", sentence="The site did not answer in time.")
+    message = open_envelope(answers[site])
+    if isinstance(message, Failure):
+        return message
+    expect(message, Contribution)
+    assert isinstance(message, Contribution)
+    due = (offer.run, offer.round, offer.attempt, ring.digest, InsecurePlainSum.name, ring.length)
+    found = (message.run, message.round, message.attempt, message.ring, message.protection, len(message.words))
+    if found != due:
+        raise MessageError(f"Site {site} sent a contribution to something else than round {offer.round} of this run.")
+    return message
+
+
+class InsecureSeededNoise:
+    """Draws fixed by a seed, a site and a round: equal on every repetition, hence no protection."""
+
+    name = "insecure_seeded_noise"
+
+    def __init__(self, seed: int, site: str, number: int) -> None:
+        digest = hashlib.sha256(f"confide-simulation/1|{seed}|{site}|{number}".encode()).digest()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def uniforms(self, count: int) -> npt.NDArray[np.float64]:
+        """Return independent uniforms in [0, 1), (count,)."""
+        return torch.rand(count, dtype=torch.float64, generator=self._generator).numpy()
+
+    def gaussian(self, count: int) -> npt.NDArray[np.float64]:
+        """Return independent standard normals, (count,)."""
+        return torch.randn(count, dtype=torch.float64, generator=self._generator).numpy()

@@ -7,6 +7,7 @@ else comes out. It answers one message at a time.
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from typing import Protocol
 
 from confide.client.spends import SpendLog
@@ -113,13 +114,9 @@ class Agent:
     def _train(self, offer: Offer) -> RingVector:
         randomness = self._randomness(offer.round)
         self.spends.reserve(self._mechanism.spend(offer.round, randomness.name))
-        gradients = PersonGradients(
-            self._model, self._examples, cache=self._cache, micro_batch=self._plan.compute.micro_batch
-        )
-        try:
+        micro_batch = self._plan.compute.micro_batch
+        with closing(PersonGradients(self._model, self._examples, self._cache, micro_batch)) as gradients:
             delta, _ = train(gradients, offer.adapter, self._mechanism, self._plan.training, randomness)
-        finally:
-            gradients.close()
         return encode(delta.values, self._ring, randomness.uniforms)
 
     def _check(self, offer: Offer) -> None:

@@ -26,8 +26,11 @@ class SpendLog:
         self._path = path
         self._spends: dict[int, Spend] = {}
         if path is not None and path.exists():
-            for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            # A line that a crash cut short has no line break; were it taken, the next one would be written into it.
+            for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
                 spend = _read(line, path, number)
+                if spend.round in self._spends:
+                    raise _damaged(path, number)
                 self._spends[spend.round] = spend
 
     @property
@@ -51,10 +54,14 @@ class SpendLog:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab") as stream:
-                stream.write(canonical_bytes({"format": FORMAT, **dataclasses.asdict(spend)}) + b"\n")
+                stream.write(_line(spend))
                 stream.flush()
                 os.fsync(stream.fileno())
         self._spends[spend.round] = spend
+
+
+def _line(spend: Spend) -> bytes:
+    return canonical_bytes({"format": FORMAT, **dataclasses.asdict(spend)}) + b"\n"
 
 
 def _read(line: bytes, path: Path, number: int) -> Spend:
@@ -62,9 +69,16 @@ def _read(line: bytes, path: Path, number: int) -> Spend:
         fields = json.loads(line)
         if fields.pop("format") != FORMAT:
             raise ValueError
-        return Spend(**fields)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise PrivacyError(
-            f"Line {number} of the spend record {path} is damaged. Restore the file from a copy; without it what was "
-            "spent is not known."
-        ) from None
+        spend = Spend(**fields)
+        if _line(spend) != line:
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, PrivacyError):
+        raise _damaged(path, number) from None
+    return spend
+
+
+def _damaged(path: Path, number: int) -> PrivacyError:
+    return PrivacyError(
+        f"Line {number} of the spend record {path} is damaged. Restore the file from a copy; without it what was "
+        "spent is not known."
+    )

@@ -176,10 +176,20 @@ class PersonGradients:
 
     The hooks stay on the model for as long as this lives, and rounds reuse them; `close` takes them off, so that the
     model may serve another site.
+
+    Args:
+        model: The base model with the adapter.
+        examples: The site's rows, at least one.
+        cache: Where the frozen prefix of the rows lies, if it was computed.
+        micro_batch: Rows that go through the model at once; it changes speed and memory only.
+
+    Raises:
+        DataError: There are no rows.
+        ModelError: A trainable weight belongs to a module without exact per-example gradients.
     """
 
     def __init__(
-        self, model: AdaptedModel, examples: Examples, *, cache: PrefixCache | None = None, micro_batch: int = 64
+        self, model: AdaptedModel, examples: Examples, cache: PrefixCache | None = None, micro_batch: int = 64
     ) -> None:
         if len(examples) == 0:
             raise DataError("A site without rows cannot train.")

@@ -17,7 +17,7 @@ from confide.common.errors import PrivacyError
 from confide.common.plan import Privacy
 
 # Noise multipliers are public numbers that people compare, so they have four decimals.
-_NOISE_DECIMALS = 4
+_NOISE_UNITS = 10_000
 _SMALLEST_NOISE = 0.1
 _LARGEST_NOISE = 10_000.0
 # Rényi orders at which cost is computed. All are integers: at fractional ones the library's series may not converge.
@@ -118,38 +118,55 @@ def noise_multiplier(privacy: Privacy) -> float:
     """
     import dp_accounting
 
-    def calibrate(accountant: Callable[[], Any], low: float, high: float) -> float:
-        return float(
-            dp_accounting.calibrate_dp_mechanism(
-                accountant,
-                lambda noise: dp_accounting.SelfComposedDpEvent(_event(privacy.sampling_rate, noise), privacy.steps),
-                target_epsilon=privacy.epsilon,
-                target_delta=privacy.delta,
-                bracket_interval=dp_accounting.ExplicitBracketInterval(low, high),
-                tol=10.0**-_NOISE_DECIMALS / 2,
-            )
-        )
-
-    def fits(noise: float) -> bool:
-        return _cost(((privacy.sampling_rate, noise, privacy.steps),), privacy.delta).epsilon <= privacy.epsilon
+    def epsilon(units: int) -> float:
+        return _cost(((privacy.sampling_rate, units / _NOISE_UNITS, privacy.steps),), privacy.delta).epsilon
 
     if _rdp(((privacy.sampling_rate, _SMALLEST_NOISE, privacy.steps),), privacy.delta) <= privacy.epsilon:
         return _SMALLEST_NOISE
     try:
-        # The Rényi bound is fast and never far above; it brackets the search by the slower, tighter accountant.
-        enough = calibrate(_rdp_accountant, _SMALLEST_NOISE, _LARGEST_NOISE)
-        step = _pld_step(privacy.steps)
-        noise = calibrate(lambda: _pld_accountant(step), enough * 0.7, enough + 0.001)
+        # The Rényi bound is fast and never below the smaller of the two, so the noise it asks for is enough.
+        enough = dp_accounting.calibrate_dp_mechanism(
+            _rdp_accountant,
+            lambda noise: dp_accounting.SelfComposedDpEvent(_event(privacy.sampling_rate, noise), privacy.steps),
+            target_epsilon=privacy.epsilon,
+            target_delta=privacy.delta,
+            bracket_interval=dp_accounting.ExplicitBracketInterval(_SMALLEST_NOISE, _LARGEST_NOISE),
+            tol=0.5 / _NOISE_UNITS,
+        )
     except (ValueError, OverflowError):
         raise PrivacyError(
             f"epsilon = {privacy.epsilon:g} at delta = {privacy.delta:g} cannot be reached in {privacy.steps} steps at "
             f"sampling rate {privacy.sampling_rate:g}. Raise epsilon or delta, or lower rounds or sampling_rate."
         ) from None
-    unit = 10.0**-_NOISE_DECIMALS
-    noise = max(_SMALLEST_NOISE, round(math.ceil(noise / unit) * unit, _NOISE_DECIMALS))
-    while not fits(noise):
-        noise = round(noise + unit, _NOISE_DECIMALS)
-    return noise
+    return _smallest(epsilon, privacy.epsilon, math.ceil(enough * _NOISE_UNITS) + 1) / _NOISE_UNITS
+
+
+def _smallest(epsilon: Callable[[int], float], target: float, high: int) -> int:
+    """Return the noise, in units, that costs at most `target` while one unit less costs more; `high` costs less."""
+    least = round(_SMALLEST_NOISE * _NOISE_UNITS)
+    low, at_low, at_high = high, 0.0, epsilon(high)
+    while at_low <= target:
+        if low == least:
+            return least
+        low = max(least, low * 9 // 10)
+        at_low = epsilon(low)
+        if at_low <= target:
+            high, at_high = low, at_low
+    turn = 0
+    while high - low > 1:
+        turn += 1
+        guess = (low + high) // 2
+        if turn % 3 and 0 < at_high < target and at_low < math.inf:
+            # Epsilon over noise is nearly straight on logarithmic axes. Every third guess halves the bracket all the same.
+            part = math.log(at_low / target) / math.log(at_low / at_high)
+            guess = round(low * (high / low) ** part)
+        guess = min(max(guess, low + 1), high - 1)
+        at_guess = epsilon(guess)
+        if at_guess <= target:
+            high, at_high = guess, at_guess
+        else:
+            low, at_low = guess, at_guess
+    return high
 
 
 def _rdp_accountant() -> Any:  # noqa: ANN401  dp-accounting has no types

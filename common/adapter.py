@@ -126,15 +126,16 @@ def frozen_factor(name: str, rank: int, width: int, seed: int) -> Floats:
     signs = 1 - 2 * bits.astype(np.int64)  # (width,)
     rows, columns = np.arange(rank)[:, None], np.arange(width)[None, :] % order
     parity = np.bitwise_count(rows & columns) & 1  # (rank, width): entry of the Walsh–Hadamard matrix
-    return ((1 - 2 * parity.astype(np.int64)) * signs / math.sqrt(width)).astype(np.float32)
+    factor: Floats = ((1 - 2 * parity.astype(np.int64)) * signs / math.sqrt(width)).astype(np.float32)
+    return factor
 
 
 def seeded_head(name: str, shape: tuple[int, ...], seed: int) -> Floats:
     """Return a head's weights: uniform with standard deviation 0.02, fixed by seed and name."""
     size = math.prod(shape)
-    words = np.frombuffer(_stream(f"head|{name}", seed, 4 * size), "<u4") >> 8  # 24 bits: exact in float32
-    uniform: Floats = words.astype(np.float32) / np.float32(2**23) - np.float32(1)
-    return (uniform * np.float32(0.02 * math.sqrt(3))).reshape(shape)
+    words = np.frombuffer(_stream(f"head|{name}", seed, 4 * size), "<u4") >> 8
+    uniform = words.astype(np.float64) / 2**23 - 1  # exact
+    return (uniform * (0.02 * math.sqrt(3))).astype(np.float32).reshape(shape)
 
 
 def _stream(purpose: str, seed: int, size: int) -> bytes:

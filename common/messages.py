@@ -116,11 +116,14 @@ def open_envelope(envelope: Envelope) -> Message:
     fields = _parse(envelope.body)
     if fields.pop("format", None) != FORMAT:
         raise MessageError(f"A message of another format arrived; this side speaks {FORMAT}. Use equal versions.")
-    message = _KINDS.get(str(fields.pop("kind", None)))
+    kind = fields.pop("kind", None)
+    message = _KINDS.get(kind) if isinstance(kind, str) else None
     if message is None:
         raise MessageError(f"A message of an unknown kind arrived; known are {', '.join(_KINDS)}.")
     for field in dataclasses.fields(message):
         if field.type in {Floats, Words}:
+            if field.name in fields:
+                raise MessageError(f"A {message.kind} arrived whose {field.name} is text and no vector.")
             fields[field.name] = _vector(envelope.vector, np.float32 if field.type is Floats else np.uint32)
     _check_fields(message, fields)
     if envelope.vector is not None and not any(isinstance(value, np.ndarray) for value in fields.values()):
@@ -145,7 +148,7 @@ def _parse(body: bytes) -> dict[str, Any]:
         raise MessageError("A message arrived that is not JSON.") from None
     try:
         canonical = isinstance(fields, dict) and canonical_bytes(fields) == body
-    except ValueError:
+    except (ValueError, RecursionError):
         canonical = False
     if not canonical:
         raise MessageError("A message arrived that is not canonical JSON.")
@@ -169,7 +172,9 @@ def _check_fields(message: type[Message], fields: Mapping[str, object]) -> None:
         raise MessageError(f"A {message.kind} arrived with missing or extra fields; due are {', '.join(due)}.")
     for name, kind in due.items():
         value = fields[name]
-        if kind is str and not (isinstance(value, str) and len(value) <= 200):
-            raise MessageError(f"A {message.kind} arrived whose {name} is not a text of at most 200 characters.")
+        if kind is str and not (isinstance(value, str) and len(value) <= 200 and value.isprintable()):
+            raise MessageError(
+                f"A {message.kind} arrived whose {name} is not a printable text of at most 200 characters."
+            )
         if kind is int and not (type(value) is int and 0 <= value < 2**53):
             raise MessageError(f"A {message.kind} arrived whose {name} is not a whole number from 0 to 2^53.")

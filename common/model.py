@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from confide.common.adapter import Floats, Layout, frozen_factor, seeded_head
@@ -125,12 +126,13 @@ class AdaptedModel:
         return self.layout.flatten(tensors)
 
 
-def attach(directory: Path, plan: Plan, dtype: torch.dtype = torch.float32) -> AdaptedModel:
+def attach(directory: Path, plan: Plan, *, head_only: bool = False, dtype: torch.dtype = torch.float32) -> AdaptedModel:
     """Return the plan's base model with the plan's adapter on it, at the plan's start.
 
     Args:
         directory: The base model's local directory; its digest must be the plan's.
         plan: The plan.
+        head_only: Whether the adapter stays at its start, where it does nothing, and only the head is trained.
         dtype: float32; float64 for exact tests.
 
     Raises:
@@ -146,6 +148,8 @@ def attach(directory: Path, plan: Plan, dtype: torch.dtype = torch.float32) -> A
             if ".lora_A." in name:
                 p.copy_(torch.from_numpy(frozen_factor(plain, p.shape[0], p.shape[1], plan.adapter.seed)))
                 p.requires_grad_(requires_grad=False)  # ffa: A is never trained, so never sent
+            elif ".lora_B." in name:
+                p.requires_grad_(not head_only)
             elif p.requires_grad and plain.split(".")[0] in head:
                 p.copy_(torch.from_numpy(_head_start(plain, tuple(p.shape), plan)))
     network.to(_device(plan))
@@ -297,7 +301,7 @@ def _load_base(directory: Path, plan: Plan, dtype: torch.dtype) -> tuple[Any, li
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The base model in {directory} cannot be loaded as a text classifier: {error}") from None
     head = [
         name

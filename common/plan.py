@@ -10,12 +10,12 @@ import functools
 import re
 import string
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from confide.common.canonical import canonical_bytes, sha256
 from confide.common.errors import PlanError, UsageError
-from confide.common.settings import Meaning, read_section, setting, toml_value
+from confide.common.settings import Meaning, holds_control, read_section, setting, shown, toml_value
 
 FORMAT = "confide-plan/1"
 LARGEST_PLAN_BYTES = 1 << 20
@@ -309,6 +309,8 @@ def read_plan(raw: bytes) -> Plan:
         raise PlanError(f"The plan is not valid TOML: {error}.") from None
     except RecursionError:
         raise PlanError("The plan is nested too deeply to be one.") from None
+    except ValueError:  # Python reads no number of more than 4300 digits
+        raise PlanError("The plan holds a number of too many digits to be read.") from None
     problems = list(_head_faults(tree))
     sections: dict[str, object] = {}
     for name, section in _SECTIONS.items():
@@ -328,12 +330,14 @@ def read_plan(raw: bytes) -> Plan:
 
 def _head_faults(tree: dict[str, object]) -> Iterator[str]:
     if tree.get("format") != FORMAT:
-        yield f'The plan must begin with format = "{FORMAT}"; it has {tree.get("format")!r}.'
+        yield f'The plan must begin with format = "{FORMAT}"; it has {shown(tree.get("format", ""))}.'
     name, purpose = tree.get("name"), tree.get("purpose")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        yield f"name = {name!r} must be 1 to 63 of a-z, 0-9 and -, beginning with a letter or digit."
+        yield f"name = {shown(name or '')} must be 1 to 63 of a-z, 0-9 and -, beginning with a letter or digit."
     if not isinstance(purpose, str) or not 1 <= len(purpose) <= 2000:
         yield "purpose must be a text of 1 to 2000 characters: why this is trained, for those who approve it."
+    elif holds_control(purpose):
+        yield "purpose holds a control character. Remove it."
     unknown = sorted(set(tree) - {"format", "name", "purpose", *_SECTIONS})
     if unknown:
         yield f"The plan has no section or key {', '.join(map(repr, unknown))}. Known sections: {', '.join(_SECTIONS)}."
@@ -351,6 +355,8 @@ def _contradictions(plan: Plan) -> Iterator[str]:
         yield "[data] needs exactly one of `text` (a column) and `template` (a row turned into text)."
     if data.text_pair is not None and data.text is None:
         yield "[data] text_pair goes with `text`, not with `template`."
+    if data.text_pair is not None and data.text_pair == data.text:
+        yield f"[data] text_pair names the column {data.text!r}, which is already the text. Remove it."
     if data.template is not None:
         yield from _template_faults(data.template, data.label)
     if data.label in {data.text, data.text_pair}:
@@ -425,7 +431,7 @@ def _spelled(value: object) -> str:
     return "absent" if value is None else toml_value(value)
 
 
-def starter(name: str, base: str, base_digest: str) -> str:
+def starter(name: str, base: str, base_digest: str, targets: Sequence[str]) -> str:
     """Return a commented plan that is valid as it stands: every key, its meaning, its range and its default."""
     lines = [
         "# A Confide plan: what is trained, on what, under which guarantee. Check it with: confide plan check",
@@ -433,7 +439,7 @@ def starter(name: str, base: str, base_digest: str) -> str:
         f"name = {toml_value(name)}",
         'purpose = "Say here, for those who approve it, why this is trained."',
     ]
-    given = {"base": base, "base_digest": base_digest, "text": "text"}
+    given = {"base": base, "base_digest": base_digest, "targets": targets, "text": "text"}
     for section_name, section in _SECTIONS.items():
         lines += ["", f"[{section_name}]"]
         for field in dataclasses.fields(section):

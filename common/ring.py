@@ -46,6 +46,11 @@ class RingLayout:
                 f"A ring of {self.length} entries, bound {self.update_bound:g} and {self.max_sites} sites cannot be: "
                 "all three must be positive and finite."
             )
+        if not math.isfinite(self.scale):
+            raise PlanError(
+                f"The update bound {self.update_bound:g} is too small to be written in integers. "
+                "Raise [federation] update_bound or the learning rates."
+            )
         if self.largest < 1:
             raise PlanError(
                 f"A {RING_BITS}-bit ring has no room for the sum of {self.max_sites} sites. "

@@ -31,8 +31,9 @@ def macro_f1(guesses: Ints, labels: Ints, classes: int) -> float:
 
 
 def auroc(probabilities: Floats, labels: Ints) -> float:
-    """Return the area under the ROC curve: of class 1 if there are two classes, else the mean over classes of one
-    against the rest. Ties count half; classes without both kinds of rows are left out, and 0.5 is returned if all are.
+    """Return the area under the ROC curve: of class 1 if there are two, else the mean of one class against the rest.
+
+    Ties count half; classes without both kinds of rows are left out, and 0.5 is returned if all are.
 
     Source: Hanley and McNeil 1982, by the rank statistic of Mann and Whitney.
     """

@@ -106,7 +106,7 @@ def read_section(section: type[Section], name: str, raw: Mapping[str, object], p
             continue
         fault, value = _read_value(hints[key], raw[key], meaning)
         if fault:
-            problems.append(f"[{name}] {key} = {_shown(raw[key])} {fault}. It means: {meaning.says}")
+            problems.append(f"[{name}] {key} = {shown(raw[key])} {fault}. It means: {meaning.says}")
         values[key] = value
     return section(**values) if len(problems) == before else None
 
@@ -136,7 +136,7 @@ def _text_fault(value: object, meaning: Meaning) -> str:
     if meaning.choices and value not in meaning.choices:
         near = _nearest(value, meaning.choices)
         return f"is not {meaning.limit}" + (f" (did you mean {near!r}?)" if near else "")
-    if any(ord(character) < 32 and character not in "\n\t" for character in value):
+    if holds_control(value):
         return "holds a control character"
     return _size_fault(len(value), meaning, "characters")
 
@@ -146,7 +146,7 @@ def _number(hint: object, value: object, meaning: Meaning) -> tuple[str, object]
         return "is not a number", value
     if hint is int and not isinstance(value, int):
         return "is not a whole number", value
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return "is not a finite number", value
     outside = (
         (meaning.above is not None and value <= meaning.above)
@@ -154,7 +154,9 @@ def _number(hint: object, value: object, meaning: Meaning) -> tuple[str, object]
         or (meaning.below is not None and value >= meaning.below)
         or (meaning.at_most is not None and value > meaning.at_most)
     )
-    return (f"is outside its range ({meaning.limit})" if outside else ""), (float(value) if hint is float else value)
+    if outside:  # before the conversion, which has no room for a whole number of 400 digits
+        return f"is outside its range ({meaning.limit})", value
+    return "", float(value) if hint is float else value
 
 
 def _size_fault(size: int, meaning: Meaning, unit: str) -> str:
@@ -171,8 +173,17 @@ def _nearest(word: str, known: typing.Iterable[str]) -> str | None:
     return next(iter(get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
 
 
-def _shown(value: object) -> str:
-    text = toml_value(value)
+def holds_control(text: str) -> bool:
+    """Return whether `text` holds a control character (C0, DEL, C1) other than line break and tab."""
+    return any(ord(character) < 32 or 127 <= ord(character) < 160 for character in text if character not in "\n\t")
+
+
+def shown(value: object) -> str:
+    """Spell `value` for a message, cut to 60 characters."""
+    try:
+        text = toml_value(value)
+    except (ValueError, RecursionError):  # Python spells neither numbers of 5000 digits nor endless nesting
+        return "(too long to show)"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

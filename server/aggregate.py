@@ -52,8 +52,8 @@ def step(state: ServerState, update: Update, federation: Federation) -> ServerSt
         case "fedadam":
             decay = np.float32(_ADAM_SECOND_MOMENT)
             first = beta * state.moments["first"] + (one - beta) * mean
-            second: Floats = decay * state.moments["second"] + (one - decay) * np.square(mean)
-            move: Floats = rate * first / (np.sqrt(second) + np.float32(_ADAM_FLOOR))
+            second = (decay * state.moments["second"] + (one - decay) * mean * mean).astype(np.float32)
+            move = (rate * first / (np.sqrt(second) + _ADAM_FLOOR)).astype(np.float32)
             return ServerState(adapter=state.adapter + move, moments={"first": first, "second": second})
         case _:
             return ServerState(adapter=state.adapter + rate * mean, moments={})

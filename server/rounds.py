@@ -99,9 +99,14 @@ def run_rounds(
         state, record = run_round(run, channel, state, number)
         store.commit(state, record, run.layout)
         told(record)
-    if not any(record.present for record in store.records):
+    return status_of(store.records)
+
+
+def status_of(records: Sequence[RoundRecord]) -> str:
+    """Return how a run with these records ended, in the words of `run_rounds`."""
+    if not any(record.present for record in records):
         return "failed"
-    return "completed-degraded" if any(record.missing for record in store.records) else "completed"
+    return "completed-degraded" if any(record.missing for record in records) else "completed"
 
 
 def run_round(run: Run, channel: Channel, state: ServerState, number: int) -> tuple[ServerState, RoundRecord]:
@@ -124,6 +129,7 @@ def run_round(run: Run, channel: Channel, state: ServerState, number: int) -> tu
         round=number,
         parent=parent,
         adapter=vector_digest(state.adapter),
+        moments={name: vector_digest(moment) for name, moment in state.moments.items()},
         present=collected.present if collected.total is not None else (),
         missing=dict(collected.missing),
         summation=run.summation.name,

@@ -32,6 +32,7 @@ class RoundRecord:
         round: From 1.
         parent: Digest of the adapter before.
         adapter: Digest of the adapter after; the parent's if the round was void.
+        moments: Digests of the server optimizer's memory after, by name.
         present: Sites in the sum, sorted; none if the round was void.
         missing: Why each other site was not, as a class of error or `no answer`.
         summation: How the sum came about, such as `insecure_plain_sum`.
@@ -43,6 +44,7 @@ class RoundRecord:
     round: int
     parent: str
     adapter: str
+    moments: Mapping[str, str]
     present: tuple[str, ...]
     missing: Mapping[str, str]
     summation: str
@@ -72,12 +74,16 @@ class Store:
         """Read the records that another process added since, and return them."""
         fresh = []
         while (path := self._record(len(self.records) + 1)).exists():
-            fresh.append(_read_record(path, len(self.records) + 1))
-            self.records.append(fresh[-1])
-        later = [p.name for p in (self.root / "rounds").glob("*.json") if int(p.stem) > len(self.records) + 1]
+            record = _read_record(path, len(self.records) + 1)
+            if self.records and record.parent != self.records[-1].adapter:
+                raise RunError(f"The record {path} does not follow the one before it. Restore the missing file.")
+            fresh.append(record)
+            self.records.append(record)
+        names = [path.stem for path in (self.root / "rounds").glob("*.json")]
+        later = [name for name in names if name.isdecimal() and int(name) > len(self.records) + 1]
         if later and not self._record(len(self.records) + 1).exists():
             raise RunError(
-                f"{self.root} holds {min(later)} but not the record before it. Restore the missing file, or begin anew "
+                f"{self.root} holds round {min(later)} but not the record before it. Restore the missing file, or begin anew "
                 "in another directory."
             )
         return fresh
@@ -90,10 +96,11 @@ class Store:
         """
         if not self.records:
             return None
-        moments = {}
-        for path in sorted((self.root / "moments").glob(f"{len(self.records):04}-*.safetensors")):
-            moments[path.stem.partition("-")[2]] = self._load(path, layout)
-        return ServerState(adapter=self.adapter(self.records[-1].adapter, layout), moments=moments)
+        last = self.records[-1]
+        moments = {
+            name: self._load(self._moment(last.round, name), digest, layout) for name, digest in last.moments.items()
+        }
+        return ServerState(adapter=self.adapter(last.adapter, layout), moments=moments)
 
     def adapter(self, digest: str, layout: Layout) -> Floats:
         """Return the adapter with this digest.
@@ -101,11 +108,7 @@ class Store:
         Raises:
             RunError: It is missing or altered.
         """
-        path = self._adapter(digest)
-        vector = self._load(path, layout)
-        if vector_digest(vector) != digest:
-            raise RunError(f"The adapter {path} is not what its name says. Restore it, or begin anew elsewhere.")
-        return vector
+        return self._load(self._adapter(digest), digest, layout)
 
     def commit(self, state: ServerState, record: RoundRecord, layout: Layout) -> None:
         """Return once the round is on disk, the record last."""
@@ -114,22 +117,28 @@ class Store:
             with _whole(self._adapter(record.adapter)) as path:
                 save_vector(path, state.adapter, layout)
         for name, moment in state.moments.items():
-            with _whole(self.root / "moments" / f"{number:04}-{name}.safetensors") as path:
+            with _whole(self._moment(number, name)) as path:
                 save_vector(path, moment, layout)
         with _whole(self._record(number)) as path:
-            path.write_bytes(canonical_bytes({"format": FORMAT, **dataclasses.asdict(record)}) + b"\n")
+            path.write_bytes(_spelled(record))
         self.records.append(record)
         for stale in (self.root / "moments").glob(f"{number - 1:04}-*.safetensors"):
             stale.unlink()
 
-    def _load(self, path: Path, layout: Layout) -> Floats:
+    def _load(self, path: Path, digest: str, layout: Layout) -> Floats:
         try:
-            return load_vector(path, layout)
+            vector = load_vector(path, layout)
         except AdapterError as error:
             raise RunError(f"The run in {self.root} cannot go on: {error}") from None
+        if vector_digest(vector) != digest:
+            raise RunError(f"{path} is not what the run's records say. Restore it, or begin anew elsewhere.")
+        return vector
 
     def _record(self, number: int) -> Path:
         return self.root / "rounds" / f"{number:04}.json"
+
+    def _moment(self, number: int, name: str) -> Path:
+        return self.root / "moments" / f"{number:04}-{name}.safetensors"
 
     def _adapter(self, digest: str) -> Path:
         return self.root / "adapters" / f"{digest.removeprefix('sha256:')}.safetensors"
@@ -137,14 +146,36 @@ class Store:
 
 def _read_record(path: Path, number: int) -> RoundRecord:
     try:
-        fields = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        fields = json.loads(raw)
         if fields.pop("format") != FORMAT or fields["round"] != number:
             raise ValueError
-        return RoundRecord(**{**fields, "present": tuple(fields["present"])})
-    except (ValueError, TypeError, KeyError, AttributeError):
+        record = RoundRecord(**{**fields, "present": tuple(fields["present"])})
+        if _spelled(record) != raw or any(type(fields[name]) is not kind for name, kind in _KINDS.items()):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise RunError(
             f"The record {path} is damaged. Restore it, or remove it and all later ones to repeat those rounds."
         ) from None
+    return record
+
+
+_KINDS = {
+    "round": int,
+    "parent": str,
+    "adapter": str,
+    "moments": dict,
+    "present": list,
+    "missing": dict,
+    "summation": str,
+    "bytes_up": int,
+    "bytes_down": int,
+    "seconds": float,
+}
+
+
+def _spelled(record: RoundRecord) -> bytes:
+    return canonical_bytes({"format": FORMAT, **dataclasses.asdict(record)}) + b"\n"
 
 
 @contextlib.contextmanager

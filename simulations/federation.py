@@ -101,7 +101,7 @@ class InProcessChannel:
         self._dropouts = dropouts or {}
         self._asked = 0
 
-    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Mapping[str, Envelope]:  # noqa: ARG002
+    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Mapping[str, Envelope]:
         """Return every site's answer but the scheduled dropouts'; in one process nobody is late."""
         self._asked += 1
         absent = self._dropouts.get(self._asked, frozenset())
@@ -111,4 +111,4 @@ class InProcessChannel:
 def declared(persons: int) -> int:
     """Return the number of persons a site makes public: two leading digits, rounded down."""
     unit = 10 ** max(0, len(str(persons)) - 2)
-    return persons // unit * unit
+    return int(persons // unit * unit)

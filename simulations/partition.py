@@ -19,7 +19,9 @@ def held_out(examples: Examples, share: float, seed: int) -> tuple[Ints, Ints]:
     persons = np.random.default_rng([seed, 1]).permutation(examples.person_count)
     cut = round(share * len(persons))
     if not 0 < cut < len(persons):
-        raise UsageError(f"A test share of {share:g} of {len(persons)} persons leaves one side empty. Give 0.01 to 0.99.")
+        raise UsageError(
+            f"A test share of {share:g} of {len(persons)} persons leaves one side empty. Give 0.01 to 0.99."
+        )
     test = np.isin(examples.persons, persons[:cut])
     return np.flatnonzero(~test), np.flatnonzero(test)
 
@@ -83,9 +85,9 @@ def quantity(examples: Examples, sites: int, concentration: float, least: int, s
             f"{examples.person_count} persons cannot give {sites} sites the plan's {least} each. Lower --sites or "
             "[privacy] min_persons."
         )
-    sizes = least + np.floor(random.dirichlet([concentration] * sites) * spare).astype(int)
-    order = random.permutation(examples.person_count)
-    return _sites(examples, np.split(order, np.cumsum(sizes))[:-1])
+    shares = np.cumsum(random.dirichlet([concentration] * sites))[:-1]
+    cuts = least * np.arange(1, sites) + (shares * spare).round().astype(int)
+    return _sites(examples, np.split(random.permutation(examples.person_count), cuts))
 
 
 def _sites(examples: Examples, groups: Sequence[Ints]) -> dict[str, Ints]:

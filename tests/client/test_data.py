@@ -78,7 +78,7 @@ def letters(**special: str) -> PreTrainedTokenizerFast:
 
 
 def plan_of(max_tokens: int = 16, labels: Sequence[str] = ("neg", "pos"), **data: object) -> Plan:
-    plan = read_plan(starter("test", "tiny", "sha256:" + "0" * 64).encode())
+    plan = read_plan(starter("test", "tiny", "sha256:" + "0" * 64, ["query"]).encode())
     if "template" in data:
         data["text"] = None
     return dataclasses.replace(

@@ -1,0 +1,84 @@
+"""The command `confide`: one group for each kind of user, each loaded only when it is called."""
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from confide.common.errors import ConfideError, MissingPackage
+
+# Group: where it lives, which extra it needs, what it is for.
+_GROUPS = {
+    "plan": ("confide.common.plan_cli", "", "Write, check, explain and compare plans."),
+    "adapter": ("confide.client.adapter_cli", "site", "Show, evaluate, use, merge and export a trained adapter."),
+    "simulate": ("confide.simulations.cli", "simulate", "Run a whole federation on this machine, and measure it."),
+}
+
+_EPILOG = "Example: confide simulate demo"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 if all went well, 130 after Ctrl-C, else the code of the error's class."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _app(arguments)(arguments, prog_name="confide")
+    except ConfideError as error:
+        _tell(error, as_json="--json" in arguments)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _app(arguments: Sequence[str]) -> typer.Typer:
+    """Return the root command, with the one group that is called and mere names for the others."""
+    app = typer.Typer(
+        help="Fine-tune one transformer together, in confidence.",
+        epilog=_EPILOG,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    called = next((word for word in arguments if not word.startswith("-")), None)
+    for name, (module, extra, purpose) in _GROUPS.items():
+        group = _load(module, extra) if name == called else typer.Typer()
+        if name != called:
+            group.callback()(_root)
+        app.add_typer(group, name=name, help=purpose, no_args_is_help=True)
+    return app
+
+
+def _root(
+    version: bool = typer.Option(False, "--version", help="Show the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"confide {installed('confide')}")
+        raise typer.Exit
+
+
+def _load(module: str, extra: str) -> typer.Typer:
+    try:
+        app: typer.Typer = importlib.import_module(module).app
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("confide"):
+            raise
+        raise MissingPackage(error.name, extra) from None
+    return app
+
+
+def _tell(error: ConfideError, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"status": "failed", "error": type(error).__name__, "message": str(error)}))
+    lines = str(error).splitlines() or [type(error).__name__]
+    typer.secho(f"{type(error).__name__}: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo("\n  ".join(lines if len(lines) == 1 else ["", *lines]), err=True)
+
+
+if __name__ == "__main__":
+    main()

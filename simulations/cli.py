@@ -1,0 +1,290 @@
+"""`confide simulate …`: a whole federation on this machine, live, with its results and figures."""
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from confide.common.errors import ConfideError, RunError, UsageError
+from confide.simulations.scenarios import SCENARIOS, demo_model, scenario
+
+app = typer.Typer(rich_markup_mode=None)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Seed = Annotated[int, typer.Option(min=0, help="Fixes the split and every draw.")]
+Threads = Annotated[int, typer.Option(min=0, max=1024, help="Processor threads; 0 leaves it to torch.")]
+Out = Annotated[Path | None, typer.Option(help="The run's directory; runs/NAME-TIME if absent.", metavar="DIR")]
+Engine = Annotated[str, typer.Option(help="How messages travel: in-process or flower.")]
+Compare = Annotated[
+    bool, typer.Option("--compare", help="Also train the head alone, all rows pooled, and those without privacy.")
+]
+
+
+@app.command(
+    epilog="Example: confide simulate run plan.toml --model ./MiniLM --data rows.csv --sites 5 --split dirichlet"
+)
+def run(
+    plan: Annotated[Path | None, typer.Argument(help="The plan, a TOML file.", metavar="PLAN")] = None,
+    model: Annotated[Path | None, typer.Option(help="The base model's local directory.", metavar="DIR")] = None,
+    data: Annotated[Path | None, typer.Option(help="The table of all sites' rows.", metavar="FILE")] = None,
+    test: Annotated[Path | None, typer.Option(help="A table of held-out rows.", metavar="FILE")] = None,
+    test_share: Annotated[float, typer.Option(help="Share of persons held out, without --test.")] = 0.2,
+    sites: Annotated[int, typer.Option(min=1, max=1000, help="How many sites; not for --split column.")] = 3,
+    split: Annotated[str, typer.Option(help="How rows are shared out: column, iid, dirichlet or quantity.")] = "iid",
+    column: Annotated[str | None, typer.Option(help="The column that names each row's site.")] = None,
+    concentration: Annotated[float, typer.Option(help="The Dirichlet parameter; smaller is more uneven.")] = 0.5,
+    seed: Seed = 0,
+    engine: Engine = "in-process",
+    threads: Threads = 0,
+    alone: Annotated[bool, typer.Option(help="Also train each site alone, with the same privacy.")] = True,
+    compare: Compare = False,
+    out: Out = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.", metavar="DIR")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a federation on one table, split into sites."""
+    if resume is not None:
+        if plan is not None or data is not None or out is not None:
+            raise UsageError(
+                "--resume takes everything from the run's directory; give no plan, --data or --out with it."
+            )
+        _run(resume, as_json=as_json)
+        return
+    if plan is None or data is None or model is None:
+        raise UsageError(
+            "Give a PLAN, --model DIR and --data FILE. To see a run without any of them: confide simulate demo"
+        )
+    if column is not None and split != "column":
+        raise UsageError(f"--column goes with --split column, not with --split {split}.")
+    from confide.simulations import study
+
+    if split not in study.SPLITS or engine not in study.ENGINES:
+        raise UsageError(f"--split is one of {', '.join(study.SPLITS)}; --engine one of {', '.join(study.ENGINES)}.")
+    if not 0 < concentration <= 1e6:
+        raise UsageError(f"--concentration {concentration:g} is outside its range: above 0, at most 1000000.")
+    for path in filter(None, (plan, data, test)):
+        if not path.exists():
+            raise UsageError(f"There is no file {path}.")
+    directory = out or _directory(plan.stem)
+    setting = study.Setting(
+        model=model.resolve(),
+        data=data.resolve(),
+        test=test.resolve() if test else None,
+        test_share=test_share,
+        split=split,
+        column=column,
+        sites=sites,
+        concentration=concentration,
+        seed=seed,
+        engine=engine,
+        threads=threads,
+        alone=alone,
+        compare=compare,
+    )
+    study.begin(directory, plan, setting)
+    _run(directory, as_json=as_json)
+
+
+@app.command(epilog="Example: confide simulate demo --compare")
+def demo(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(SCENARIOS)}.", metavar="NAME")] = "messages",
+    seed: Seed = 0,
+    engine: Engine = "in-process",
+    threads: Threads = 0,
+    compare: Compare = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Watch three institutions fine-tune a real model on real text, each under its own epsilon."""
+    chosen = scenario(name)
+    model = demo_model()
+    from confide.simulations import study
+
+    directory = out or _directory(name)
+    if (directory / "setting.json").exists():
+        raise RunError(f"{directory} holds a run already. Go on with it: confide simulate run --resume {directory}")
+    data, test = chosen.prepare(directory / "data")
+    setting = study.Setting(
+        model=model,
+        data=data.resolve(),
+        test=test.resolve(),
+        test_share=0.2,
+        split="column",
+        column=chosen.column,
+        sites=3,
+        concentration=0.5,
+        seed=seed,
+        engine=engine,
+        threads=threads,
+        alone=True,
+        compare=compare,
+    )
+    study.begin(directory, chosen.plan, setting)
+    if not as_json:
+        Console().print(f"{chosen.says} Real data, real model, simulated sites.\n", highlight=False)
+    _run(directory, as_json=as_json)
+
+
+@app.command(epilog="Example: confide simulate repeat messages --seeds 0,1,2")
+def repeat(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(SCENARIOS)}.", metavar="NAME")] = "messages",
+    seeds: Annotated[str, typer.Option(help="The seeds, with commas between them.")] = "0,1,2",
+    compare: Compare = False,
+    threads: Threads = 0,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a scenario once for each seed, and show mean and spread."""
+    from confide.simulations.repeat import summary
+
+    try:
+        numbers = [int(word) for word in seeds.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds {seeds!r} is not a list of whole numbers such as 0,1,2.") from None
+    if len(set(numbers)) < 2 or len(set(numbers)) != len(numbers) or min(numbers) < 0:
+        raise UsageError("--seeds needs at least two different numbers, none below 0.")
+    root = out or _directory(f"{name}-seeds")
+    results = []
+    for seed in numbers:
+        directory = root / f"seed-{seed}"
+        if not (directory / "run.json").exists():
+            if (directory / "setting.json").exists():
+                _run(directory, as_json=as_json, quiet=True)
+            else:
+                demo(name, seed=seed, compare=compare, threads=threads, out=directory, as_json=as_json)
+        results.append(json.loads((directory / "run.json").read_bytes()))
+    rows = summary(results)
+    if as_json:
+        _print_json({"status": "completed", "scenario": name, "seeds": numbers, "scores": rows})
+        return
+    table = Table(title=f"{name}: {results[0]['score']} over seeds {seeds}", title_justify="left", box=None)
+    for heading in ("", "mean", "lowest", "highest"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for label, row in rows.items():
+        table.add_row(label, *(f"{row[key]:.3f}" for key in ("mean", "lowest", "highest")))
+    Console().print(table)
+
+
+def _directory(name: str) -> Path:
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _run(directory: Path, *, as_json: bool, quiet: bool = False) -> None:
+    """Run or resume the run in `directory`, live; leave it resumable on Ctrl-C."""
+    from confide.simulations.figures import draw
+    from confide.simulations.study import Study
+
+    _silence()
+    watch = _Screen(quiet=as_json or quiet)
+    try:
+        with watch:
+            result = Study(directory, watch).run()
+            draw(result, directory / "figures")
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. Go on with: confide simulate run --resume {directory}", err=True)
+        raise
+    except ConfideError:
+        if (directory / "rounds").exists():
+            typer.echo(f"The run's directory is {directory}.", err=True)
+        raise
+    if as_json:
+        if not quiet:
+            _print_json(result)
+    elif not quiet:
+        _show(result, directory)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+
+
+def _silence() -> None:
+    """Keep libraries from writing between the lines; what they warn of is of no concern to the user here."""
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|opacus|confide)\..*")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+
+class _Screen:
+    """Progress on the terminal; silent if told so."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._console = Console(stderr=quiet, quiet=quiet, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=quiet,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> "_Screen":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def phase(self, title: str, total: int) -> None:
+        self._task = self._progress.add_task(title, total=total)
+
+    def advance(self, steps: int = 1) -> None:
+        self._progress.advance(self._task, steps)
+
+    def note(self, line: str) -> None:
+        self._progress.console.print(line, style="dim")
+
+
+def _show(result: dict[str, Any], directory: Path) -> None:
+    console = Console(highlight=False)
+    scores, measured, name = result["scores"], result["measured"], result["score"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for heading in (name, "accuracy", f"epsilon (δ = {result['delta']:g})"):
+        table.add_column(heading, justify="right")
+    spent = max(result["epsilon"].values())
+    rows = [("untrained", "untrained", "0")]
+    rows += [(f"{site} alone", f"alone/{site}", f"{spent:.2f}") for site in scores.get("alone", {})]
+    rows += [
+        (label, key, epsilon)
+        for label, key, epsilon in (
+            ("federated, head only", "head_only", f"{spent:.2f}"),
+            ("all rows pooled", "pooled", f"{spent:.2f}"),
+            ("all rows pooled, not private", "pooled_not_private", "unbounded"),
+        )
+        if key in scores
+    ]
+    rows.append(("federated", "federated", f"{spent:.2f}"))
+    for label, key, epsilon in rows:
+        style = "bold" if key == "federated" else ""
+        found = measured[key]
+        table.add_row(label, f"{found[name]:.3f}", f"{found['accuracy']:.3f}", epsilon, style=style)
+    console.print()
+    console.print(table)
+    console.print()
+    spending = ", ".join(f"{site} {epsilon:.2f}" for site, epsilon in result["epsilon"].items())
+    console.print(
+        f"{result['status']}: {result['rounds']} rounds, {result['seconds']:.0f} s. Epsilon spent: {spending}."
+    )
+    console.print(
+        f"Each site sent {result['bytes_up_per_site_round'] / 1000:.1f} kB and received "
+        f"{result['bytes_down_per_site_round'] / 1000:.1f} kB a round."
+    )
+    if result["weakened_by"]:
+        console.print(f"This is a simulation, weakened by: {', '.join(result['weakened_by'])}.", style="yellow")
+    if result["skipped"]:
+        skipped = ", ".join(f"{count} {reason}" for reason, count in result["skipped"].items())
+        console.print(f"Rows left out, as the plan says: {skipped}.")
+    console.print(f"Adapter, figures and run.json are in {directory}.")

@@ -1,0 +1,369 @@
+"""The second engine: the same rounds, with Flower between server and sites.
+
+The agents stay in this process, behind one socket, and share one model. Flower's simulation runs the server's loop
+(`app`) and, on Ray, one postman per site (`confide.client.app`). Flower gets a home, a port and a directory of its own,
+fetches nothing, and is stopped with everything it started.
+
+    this process        agents ── socket ──┐
+    flower-superlink ── flwr-simulation ── Ray ── postmen
+                        server's loop ──┘
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import psutil
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from confide.client import postbox
+from confide.common.adapter import Layout, load_vector, save_vector
+from confide.common.canonical import canonical_bytes
+from confide.common.errors import RunError
+from confide.common.messages import Envelope
+from confide.common.plan import load_plan
+from confide.common.ring import RingLayout
+from confide.server.aggregate import ServerState
+from confide.server.app import GridChannel
+from confide.server.rounds import Run, run_rounds, status_of
+from confide.server.store import RoundRecord, Store
+from confide.simulations.insecure import InsecurePlainSum
+
+if TYPE_CHECKING:
+    from confide.client.agent import Agent
+
+AGENT_SOCKET = "CONFIDE_AGENT_SOCKET"
+ERRAND = "CONFIDE_ERRAND"
+FORMAT = "confide-errand/1"
+
+_GLANCE_S = 0.2
+_START_S = 60.0
+_GRACE_S = 2.0  # nothing is lost when Flower is killed: what counts is in the store
+
+app = ServerApp()  # a plain assignment: Flower looks for it in the source before it imports
+
+
+def run_through_flower(
+    run: Run,
+    agents: Mapping[str, "Agent"],
+    store: Store,
+    start: ServerState,
+    told: Callable[[RoundRecord], None],
+) -> str:
+    """Run the rounds that the store does not hold yet through Flower, and return how the run ended.
+
+    Nothing that was started for it is left afterwards, however it ends.
+
+    Args:
+        run: What is run; its plan must lie in the store as `plan.toml`.
+        agents: The sites, by name; they are asked in this thread, one at a time.
+        store: Where each round is recorded before the next begins.
+        start: The state before the first round.
+        told: Called with each new record.
+
+    Raises:
+        RunError: Flower did not start, or stopped before the last round; its words are in the store's `flower.log`.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(postbox.private_folder())
+        agents_socket = folder / "agents"
+        box = stack.enter_context(postbox.Postbox(agents_socket, {site: agents[site].answer for site in run.sites}))
+        errand = _write_errand(folder / "errand", run, store, start)
+        log = store.root / "flower.log"
+        flower = stack.enter_context(_flower(folder, errand, agents_socket, log, len(run.sites)))
+        while len(store.records) < run.plan.privacy.rounds:
+            running = flower.running()
+            box.serve(_GLANCE_S)
+            for record in store.refresh():
+                told(record)
+            if not running and len(store.records) < run.plan.privacy.rounds:
+                raise RunError(f"Flower stopped the run: {flower.reason()} All it said is in {log}.")
+    return status_of(store.records)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the server's loop: what Flower starts as the simulation's server."""
+    folder = Path(os.environ[ERRAND])
+    try:
+        run, store, start = _read_errand(folder)
+        run_rounds(run, _Attended(GridChannel(grid, patience_s=run.timeout_s)), store, start, lambda _: None)
+    except Exception as error:
+        (folder / "failure").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+class _Attended:
+    """The channel, where silence is a failure of the engine: nobody drops out or is late in one process.
+
+    Without this a broken Flower, or the end of the agents' process, would pass for sites that dropped out, and the rest
+    of the run would be written down as void.
+    """
+
+    def __init__(self, channel: GridChannel) -> None:
+        self._channel = channel
+
+    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Mapping[str, Envelope]:
+        answers = self._channel.ask(messages, timeout_s)
+        if lost := sorted(messages.keys() - answers.keys()):
+            raise RunError(f"Messages to or from {', '.join(lost)} were lost.")
+        postbox.sites(Path(os.environ[AGENT_SOCKET]))  # raises if the agents' process has ended
+        return answers
+
+
+def _write_errand(folder: Path, run: Run, store: Store, start: ServerState) -> Path:
+    """Write what the server's process needs to know, and return where."""
+    if run.summation.name != InsecurePlainSum.name:
+        raise RunError(f"Through Flower a simulation sums by {InsecurePlainSum.name}, not by {run.summation.name}.")
+    folder.mkdir(mode=0o700)
+    save_vector(folder / "adapter.safetensors", start.adapter, run.layout)
+    for name, moment in start.moments.items():
+        save_vector(folder / f"moment-{name}.safetensors", moment, run.layout)
+    fields = {
+        "format": FORMAT,
+        "name": run.name,
+        "plan": run.plan.digest,
+        "layout": list(run.layout.tensors),
+        "ring": dataclasses.asdict(run.ring),
+        "sites": list(run.sites),
+        "timeout_s": run.timeout_s,
+        "moments": sorted(start.moments),
+        "store": str(store.root.resolve()),
+    }
+    (folder / "errand.json").write_bytes(canonical_bytes(fields))
+    return folder
+
+
+def _read_errand(folder: Path) -> tuple[Run, Store, ServerState]:
+    fields = json.loads((folder / "errand.json").read_bytes())
+    if fields["format"] != FORMAT:
+        raise RunError(f"The errand in {folder} has another format than {FORMAT}. Use equal versions.")
+    store = Store(Path(fields["store"]))
+    plan = load_plan(store.root / "plan.toml")
+    if plan.digest != fields["plan"]:
+        raise RunError(f"The plan in {store.root} is another one than the run's.")
+    layout = Layout(tensors=tuple((name, tuple(shape)) for name, shape in fields["layout"]))
+    run = Run(
+        name=fields["name"],
+        plan=plan,
+        layout=layout,
+        ring=RingLayout(**fields["ring"]),
+        sites=tuple(fields["sites"]),
+        summation=InsecurePlainSum(),
+        timeout_s=fields["timeout_s"],
+    )
+    start = ServerState(
+        adapter=load_vector(folder / "adapter.safetensors", layout),
+        moments={name: load_vector(folder / f"moment-{name}.safetensors", layout) for name in fields["moments"]},
+    )
+    return run, store, start
+
+
+# Flower's SuperLink, which ends with all below it when its input does: when we close it, or however we end.
+_SUPERLINK = """
+import contextlib, os, sys, threading, psutil
+
+def end_with_parent():
+    sys.stdin.read()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    os._exit(0)
+
+threading.Thread(target=end_with_parent, daemon=True).start()
+from flwr.superlink.cli import flower_superlink
+flower_superlink()
+"""
+
+_BUNDLE = """
+[project]
+name = "confide-simulation"
+version = "1.0.0"
+description = "Settings only; the code is the installed package."
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "confide"
+
+[tool.flwr.app.components]
+serverapp = "confide.simulations.flower:app"
+clientapp = "confide.client.app:app"
+"""
+
+_CONNECTION = """
+[superlink]
+default = "confide"
+
+[superlink.confide]
+address = "127.0.0.1:{port}"
+insecure = true
+"""
+
+
+@contextlib.contextmanager
+def _flower(folder: Path, errand: Path, agents_socket: Path, log_path: Path, sites: int) -> Iterator["_Flower"]:
+    """Give a Flower run that is under way; afterwards nothing of it is left."""
+    port = _free_port()
+    (folder / "home").mkdir(mode=0o700)
+    (folder / "home" / "config.toml").write_text(_CONNECTION.format(port=port))
+    (folder / "bundle").mkdir()
+    (folder / "bundle" / "pyproject.toml").write_text(_BUNDLE)
+    environment = _environment(folder) | {ERRAND: str(errand), AGENT_SOCKET: str(agents_socket)}
+    with log_path.open("ab") as log:
+        flower = _Flower(folder, environment, log, port)
+        try:
+            flower.submit(sites)
+            yield flower
+        finally:
+            flower.stop()
+
+
+class _Flower:
+    """A SuperLink of our own and the one run in it."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str], log: IO[bytes], port: int) -> None:
+        self._folder = folder
+        self._environment = environment
+        self._log = log
+        self._port = port
+        self._met = 0.0
+        self._own: list[subprocess.Popen[bytes]] = []
+        self._family: set[psutil.Process] = set()  # every process there is because of us
+        self._superlink = self._start(
+            *("-c", _SUPERLINK, "--insecure", "--simulation", "--disable-runtime-dependency-installation"),
+            *("--host", "127.0.0.1", "--port", str(port)),
+            stdin=subprocess.PIPE,
+        )
+        self._watch: subprocess.Popen[bytes] | None = None
+
+    def submit(self, sites: int) -> None:
+        """Return once the SuperLink is up and the run on its way to it."""
+        self._await_health()
+        resources = f"num-supernodes={sites} client-resources-num-cpus=1 init-args-num-cpus=2"
+        self._watch = self._client("run", "bundle", "confide", "--federation-config", resources, "--stream")
+
+    def running(self) -> bool:
+        """Return whether the run may still go on."""
+        assert self._watch is not None
+        if time.monotonic() > self._met + 1:
+            self._meet_family(self._superlink.pid)
+        if (self._folder / "errand" / "failure").exists() or self._superlink.poll() is not None:
+            return False
+        if self._watch.poll() is None:
+            return True
+        state = self._state()
+        if state.get("status", "finished").startswith("finished"):
+            return False
+        self._watch = self._client("log", state["run-id"], "confide", "--stream")  # the stream broke, the run did not
+        return True
+
+    def reason(self) -> str:
+        """Return why the run stopped before its end."""
+        failure = self._folder / "errand" / "failure"
+        if failure.exists():
+            return failure.read_text()
+        if self._superlink.poll() is not None:
+            return "its SuperLink ended."
+        return self._state().get("status-details") or "it gave no reason."
+
+    def stop(self) -> None:
+        """Return once nothing that was started is left; what does not go when asked is killed."""
+        assert self._superlink.stdin is not None
+        self._meet_family(self._superlink.pid)
+        self._superlink.stdin.close()
+        began = time.monotonic()
+        while alive := [relative for relative in self._family if _alive(relative)]:
+            for relative in alive:
+                self._meet_family(relative.pid)
+                if time.monotonic() > began + _GRACE_S:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        relative.kill()
+            time.sleep(0.05)
+        for process in self._own:
+            process.wait()
+
+    def _meet_family(self, pid: int) -> None:
+        """Remember all processes below `pid`: one whose parent ends is nobody's child and not to be found later."""
+        self._met = time.monotonic()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._family.update(psutil.Process(pid).children(recursive=True))
+
+    def _await_health(self) -> None:
+        deadline = time.monotonic() + _START_S
+        while self._superlink.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health"):
+                return
+            time.sleep(_GLANCE_S)
+        raise RunError(f"Flower's SuperLink did not start within {_START_S:g} s. All it said is in {self._log.name}.")
+
+    def _state(self) -> dict[str, str]:
+        """Return what Flower says of the run."""
+        client = self._client("list", "confide", "--format", "json", stdout=subprocess.PIPE)
+        try:
+            state: dict[str, str] = json.loads(client.communicate()[0])["runs"][0]
+        except (ValueError, KeyError, IndexError):
+            return {}
+        return state
+
+    def _client(self, *arguments: str, stdout: int | None = None) -> subprocess.Popen[bytes]:
+        return self._start("-c", "from flwr.cli.app import app; app()", *arguments, stdout=stdout)
+
+    def _start(
+        self, *arguments: str, stdin: int = subprocess.DEVNULL, stdout: int | None = None
+    ) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(  # noqa: S603  these are our own words
+            [sys.executable, *arguments],
+            cwd=self._folder,
+            env=self._environment,
+            stdin=stdin,
+            stdout=stdout or self._log,
+            stderr=self._log,
+            start_new_session=True,  # Ctrl-C is for us alone to handle
+        )
+        self._own.append(process)
+        self._family.add(psutil.Process(process.pid))
+        return process
+
+
+def _alive(process: psutil.Process) -> bool:
+    """Return whether a process still runs; one that ended and waits to be buried does not."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Return our environment without other Flowers' and Rays' settings, and with our own."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FLWR_", "RAY_"))}
+    programs = os.path.dirname(sys.executable)
+    return inherited | {
+        "PATH": os.pathsep.join([programs, os.environ.get("PATH", os.defpath)]),
+        "FLWR_HOME": str(folder / "home"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+        "RAY_TMPDIR": str(folder),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on every system: bind to the loopback address only
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

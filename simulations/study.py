@@ -1,0 +1,397 @@
+"""One simulated run from tables to results: the federation itself, and what it is compared with.
+
+Every comparison is trained by the same code on the same rows, with the same plan: each site alone, all rows pooled,
+all rows pooled without privacy, and the federation with its head only.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Protocol
+
+from confide.client.data import Tokenizer, load_tokenizer, read_examples
+from confide.client.trainer import Mechanism, PersonGradients, train
+from confide.common.accounting import cost, noise_multiplier, planned_cost
+from confide.common.adapter import Floats
+from confide.common.errors import RunError, UsageError
+from confide.common.examples import Examples, union
+from confide.common.model import AdaptedModel, PrefixCache, attach
+from confide.common.plan import Plan, load_plan
+from confide.server.aggregate import ServerState
+from confide.server.evaluate import evaluate
+from confide.server.publish import Claim, publish, weakened
+from confide.server.store import RoundRecord, Store
+from confide.simulations import partition
+from confide.simulations.federation import Engine, Federation, declared, run_in_process
+from confide.simulations.insecure import InsecureSeededNoise
+
+SETTING_FORMAT = "confide-setting/1"
+RUN_FORMAT = "confide-run/1"
+SPLITS = ("column", "iid", "dirichlet", "quantity")
+ENGINES = ("in-process", "flower")
+_EPSILON_POINTS = 12
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What a run needs beside its plan; it is kept in the run's directory, so that the run can be resumed.
+
+    Attributes:
+        model: The base model's directory.
+        data: The table of all sites' rows.
+        test: A table of held-out rows; if None, `test_share` of the persons is held out.
+        test_share: Between 0 and 1.
+        split: How the rows are shared out to sites, one of `SPLITS`.
+        column: The column that names each row's site, for the split `column`.
+        sites: How many sites, for the other splits.
+        concentration: The Dirichlet parameter, for the splits `dirichlet` and `quantity`.
+        seed: Fixes the split and every draw.
+        engine: How messages travel, one of `ENGINES`.
+        threads: Processor threads of torch; equal bytes need equal numbers.
+        alone: Whether each site is also trained alone.
+        compare: Whether the head-only and the pooled comparisons are made.
+    """
+
+    model: Path
+    data: Path
+    test: Path | None
+    test_share: float
+    split: str
+    column: str | None
+    sites: int
+    concentration: float
+    seed: int
+    engine: str
+    threads: int
+    alone: bool
+    compare: bool
+
+
+class Watch(Protocol):
+    """Whoever wants to see a run as it goes."""
+
+    def phase(self, title: str, total: int) -> None:
+        """A stretch of work begins that has `total` steps."""
+        ...
+
+    def advance(self, steps: int = 1) -> None:
+        """Some of its steps are done."""
+        ...
+
+    def note(self, line: str) -> None:
+        """Something worth a line happened."""
+        ...
+
+
+def begin(directory: Path, plan_file: Path, setting: Setting) -> None:
+    """Make a run's directory.
+
+    Raises:
+        RunError: It holds a run already.
+    """
+    if (directory / "setting.json").exists():
+        raise RunError(
+            f"{directory} holds a run already. Go on with it: confide simulate run --resume {directory} "
+            "Or give another --out."
+        )
+    load_plan(plan_file)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "plan.toml").write_bytes(plan_file.read_bytes())
+    fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(setting).items()}
+    text = json.dumps({"format": SETTING_FORMAT, **fields}, indent=2) + "\n"
+    (directory / "setting.json").write_text(text, encoding="utf-8")
+
+
+def read_setting(directory: Path) -> Setting:
+    """Return the setting that `begin` wrote.
+
+    Raises:
+        RunError: There is none, or it is damaged.
+    """
+    try:
+        fields = json.loads((directory / "setting.json").read_bytes())
+        if fields.pop("format") != SETTING_FORMAT:
+            raise ValueError
+        for name in ("model", "data", "test"):
+            fields[name] = None if fields[name] is None else Path(fields[name])
+        return Setting(**fields)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise RunError(
+            f"{directory} holds no readable setting.json, so there is no run to resume. Give the directory of a run "
+            "that `confide simulate run` began."
+        ) from None
+
+
+class Study:
+    """A run in its directory. Make the directory with `begin` first.
+
+    Args:
+        directory: The run's directory.
+        watch: Who is told of progress.
+    """
+
+    def __init__(self, directory: Path, watch: Watch) -> None:
+        import torch
+
+        self.directory = directory
+        self.setting = read_setting(directory)
+        if self.setting.threads:
+            torch.set_num_threads(self.setting.threads)
+        self.plan = load_plan(directory / "plan.toml")
+        self._watch = watch
+        self._began = time.monotonic()
+        watch.phase("Loading the base model and the rows", 3)
+        self.model = attach(self.setting.model, self.plan)
+        watch.advance()
+        self._rows()
+        watch.advance(2)
+        self.cache = self._prefix()
+        self._store = Store(directory)
+        self._history: list[dict[str, object]] = []
+
+    def run(self) -> dict[str, object]:
+        """Do what is not done yet, and return the contents of `run.json`."""
+        scores: dict[str, object] = {"untrained": self._score("untrained", lambda: self.model.start)}
+        adapter, status, claims = self._federated(self.directory, self.model)
+        scores["federated"] = self._score("federated", lambda: adapter)
+        if self.setting.alone:
+            scores["alone"] = {site: self._score(f"alone/{site}", self._alone(site)) for site in self.sites}
+        if self.setting.compare:
+            everyone = union(list(self.sites.values()))
+            scores["pooled"] = self._score("pooled", lambda: self._trained("pooled", everyone))
+            scores["pooled_not_private"] = self._score(
+                "pooled_not_private", lambda: self._trained("pooled_not_private", everyone, private=False)
+            )
+            scores["head_only"] = self._head_only()
+        self._publish(adapter, status, claims)
+        return self._write(scores, status, claims)
+
+    def _rows(self) -> None:
+        setting, plan = self.setting, self.plan
+        tokenizer = load_tokenizer(setting.model)
+        column = setting.column if setting.split == "column" else None
+        reading = read_examples(setting.data, plan, tokenizer, extra_column=column)
+        self.skipped = dict(reading.skipped)
+        examples, values = reading.examples, reading.column
+        if setting.test is not None:
+            train_rows, self.test = None, self._test_rows(setting.test, tokenizer)
+        else:
+            train_rows, test_rows = partition.held_out(examples, setting.test_share, setting.seed)
+            self.test = examples.subset(test_rows)
+            examples = examples.subset(train_rows)
+        if values is not None and train_rows is not None:
+            values = tuple(values[row] for row in train_rows)
+        least = plan.privacy.min_persons
+        match setting.split:
+            case "column":
+                if values is None:
+                    raise UsageError("--split column needs --column NAME: the column that names each row's site.")
+                rows = partition.by_column(values)
+            case "iid":
+                rows = partition.iid(examples, setting.sites, setting.seed)
+            case "dirichlet":
+                rows = partition.dirichlet(examples, setting.sites, setting.concentration, least, setting.seed)
+            case "quantity":
+                rows = partition.quantity(examples, setting.sites, setting.concentration, least, setting.seed)
+            case unknown:
+                raise UsageError(f"There is no split {unknown!r}. Known are {', '.join(SPLITS)}.")
+        self.sites: Mapping[str, Examples] = {site: examples.subset(r) for site, r in rows.items()}
+
+    def _test_rows(self, path: Path, tokenizer: Tokenizer) -> Examples:
+        reading = read_examples(path, self.plan, tokenizer)
+        self.skipped |= {f"{reason} (test)": count for reason, count in reading.skipped.items()}
+        return reading.examples
+
+    def _prefix(self) -> PrefixCache | None:
+        if not PrefixCache.helps(self.model):
+            return None
+        cache = PrefixCache(self.model, self.plan.compute.micro_batch)
+        parts = [*self.sites.values(), self.test]
+        self._watch.phase("Computing the frozen layers once", sum(map(len, parts)))
+        for part in parts:
+            before = 0
+            for done in cache.add(part):
+                self._watch.advance(done - before)
+                before = done
+        return cache
+
+    def _federated(self, directory: Path, model: AdaptedModel) -> tuple[Floats, str, dict[str, Claim]]:
+        """Return the last adapter, how the run ended, and what each site's persons are promised."""
+        federation = Federation(
+            name=self.plan.name, model=model, sites=self.sites, cache=self.cache, seed=self.setting.seed
+        )
+        store = self._store if directory == self.directory else Store(directory)
+        agents = federation.agents(directory / "sites")
+        start = ServerState.begin(model.start, self.plan.federation)
+        rounds = self.plan.privacy.rounds
+        title = "Federated rounds" if model is self.model else "Federated rounds, head only"
+        self._watch.phase(title, rounds)
+        for record in store.records:
+            self._told(record, model, store)
+        status = _engine(self.setting.engine)(
+            federation.run(), agents, store, start, lambda record: self._told(record, model, store)
+        )
+        state = store.latest(model.layout)
+        if state is None or status == "failed":
+            raise RunError(
+                "The run failed: in no round did enough sites take part. Each site's reason is in "
+                f"{directory}/rounds; the full one is in this program's log."
+            )
+        claims = {}
+        for site, agent in agents.items():
+            spends = agent.spends.spends
+            if spends:
+                claims[site] = Claim(
+                    epsilon=round(cost(spends, self.plan.privacy.delta).epsilon, 6),
+                    delta=self.plan.privacy.delta,
+                    noise_multiplier=max(spend.noise_multiplier for spend in spends),
+                    noise=spends[0].noise,
+                    steps=sum(spend.steps for spend in spends),
+                )
+        return state.adapter, status, claims
+
+    def _told(self, record: RoundRecord, model: AdaptedModel, store: Store) -> None:
+        found = evaluate(model, store.adapter(record.adapter, model.layout), self.test, self.cache)
+        if model is self.model:
+            self._history.append({"round": record.round, **found})
+        void = "" if record.present else " (void)"
+        missing = "".join(f", {site} missing: {why}" for site, why in record.missing.items())
+        name = self.plan.task.score
+        self._watch.note(
+            f"round {record.round:>3}  {name} {found[name]:.3f}  accuracy {found['accuracy']:.3f}  "
+            f"{len(record.present)} sites{void}{missing}"
+        )
+        self._watch.advance()
+
+    def _alone(self, site: str) -> Callable[[], Floats]:
+        return lambda: self._trained(f"alone/{site}", self.sites[site])
+
+    def _trained(self, name: str, examples: Examples, *, private: bool = True) -> Floats:
+        """Return what the plan's training makes of one party's rows, without any federation."""
+        mechanism = Mechanism.of(self.plan.privacy, declared(examples.person_count))
+        if not private:
+            mechanism = mechanism.insecure_no_noise()
+        rounds = self.plan.privacy.rounds
+        self._watch.phase(f"For comparison: {name.replace('/', ' ').replace('_', ' ')}", rounds)
+        adapter = self.model.start
+        with closing(PersonGradients(self.model, examples, self.cache, self.plan.compute.micro_batch)) as gradients:
+            for number in range(1, rounds + 1):
+                randomness = InsecureSeededNoise(self.setting.seed, name, number)
+                delta, _ = train(gradients, adapter, mechanism, self.plan.training, randomness)
+                adapter = adapter + delta.values
+                self._watch.advance()
+        return adapter
+
+    def _head_only(self) -> float:
+        def trained() -> Floats:
+            model = attach(self.setting.model, self.plan, head_only=True)
+            head, _, _ = self._federated(self.directory / "head-only", model)
+            return self.model.layout.flatten({**self.model.layout.split(self.model.start), **model.layout.split(head)})
+
+        return self._score("head_only", trained)
+
+    def _score(self, name: str, adapter: Callable[[], Floats]) -> float:
+        """Return the plan's score of an adapter, from the run's directory if it was measured before."""
+        path = self.directory / "scores" / f"{name.replace('/', '--')}.json"
+        if not path.exists():
+            found = evaluate(self.model, adapter(), self.test, self.cache)
+            path.parent.mkdir(exist_ok=True)
+            draft = path.with_suffix(".part")
+            draft.write_text(json.dumps(found), encoding="utf-8")
+            draft.replace(path)
+        value = float(json.loads(path.read_bytes())[self.plan.task.score])
+        if name != "federated":
+            self._watch.note(f"{name.replace('/', ' ').replace('_', ' ')}: {self.plan.task.score} {value:.3f}")
+        return value
+
+    def _publish(self, adapter: Floats, status: str, claims: Mapping[str, Claim]) -> None:
+        publish(
+            self.model,
+            adapter,
+            self.directory / "adapter",
+            plan_file=self.directory / "plan.toml",
+            status=status,
+            records=self._store.records,
+            claims=claims,
+            scores=self._measured()["federated"],
+        )
+
+    def _measured(self) -> dict[str, dict[str, float]]:
+        """Every score of everything that was evaluated, by name."""
+        return {
+            path.stem.replace("--", "/"): json.loads(path.read_bytes())
+            for path in sorted((self.directory / "scores").glob("*.json"))
+        }
+
+    def _write(self, scores: Mapping[str, object], status: str, claims: Mapping[str, Claim]) -> dict[str, object]:
+        plan, records = self.plan, self._store.records
+        spends = {site: _spends(self.directory / "sites" / f"{site}.jsonl") for site in self.sites}
+        result: dict[str, object] = {
+            "format": RUN_FORMAT,
+            "status": status,
+            "plan": {"name": plan.name, "digest": plan.digest},
+            "base": {"name": plan.model.base, "digest": plan.model.base_digest},
+            "score": plan.task.score,
+            "scores": dict(scores),
+            "measured": self._measured(),
+            "epsilon": {site: claim.epsilon for site, claim in claims.items()},
+            "epsilon_target": plan.privacy.epsilon,
+            "delta": plan.privacy.delta,
+            "noise_multiplier": noise_multiplier(plan.privacy),
+            "epsilon_by_round": _epsilon_by_round(plan),
+            "rounds": len(records),
+            "seconds": round(time.monotonic() - self._began, 3),
+            "bytes_up_per_site_round": max(record.bytes_up for record in records),
+            "bytes_down_per_site_round": max(record.bytes_down for record in records),
+            "trained_numbers": self.model.layout.length,
+            "weakened_by": weakened(records, claims),
+            "sites": {
+                site: {
+                    "rows": len(examples),
+                    "persons": examples.person_count,
+                    "declared_persons": declared(examples.person_count),
+                    "labels": {
+                        label: int((examples.labels == index).sum()) for index, label in enumerate(plan.task.labels)
+                    },
+                }
+                for site, examples in self.sites.items()
+            },
+            "test_rows": len(self.test),
+            "skipped": self.skipped,
+            "history": self._history,
+            "round_records": [dataclasses.asdict(record) for record in records],
+            "spends": spends,
+            "setting": json.loads((self.directory / "setting.json").read_bytes()),
+            "adapter": str(self.directory / "adapter"),
+        }
+        draft = self.directory / "run.json.part"
+        draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        draft.replace(self.directory / "run.json")
+        return result
+
+
+def _engine(name: str) -> Engine:
+    if name == "flower":
+        from confide.simulations.flower import run_through_flower
+
+        return run_through_flower
+    if name != "in-process":
+        raise UsageError(f"There is no engine {name!r}. Known are {', '.join(ENGINES)}.")
+    return run_in_process
+
+
+def _spends(path: Path) -> list[dict[str, object]]:
+    from confide.client.spends import SpendLog
+
+    return [dataclasses.asdict(spend) for spend in SpendLog(path).spends]
+
+
+def _epsilon_by_round(plan: Plan) -> list[dict[str, float]]:
+    """What has been spent after some rounds, evenly chosen, the last included."""
+    rounds = plan.privacy.rounds
+    stride = max(1, rounds // _EPSILON_POINTS)
+    chosen = sorted({*range(stride, rounds, stride), rounds})
+    return [{"round": n, "epsilon": round(planned_cost(plan.privacy, n).epsilon, 6)} for n in chosen]

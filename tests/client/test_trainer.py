@@ -1,0 +1,300 @@
+"""The guarantee of one site's training: gradients, clipping, sampling, noise."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from scipy import stats
+from torch.nn import functional as F
+
+from confide.client.trainer import Mechanism, PersonGradients, train
+from confide.common.accounting import noise_multiplier
+from confide.common.errors import DataError, ModelError, PrivacyError
+from confide.common.examples import Examples
+from confide.common.model import AdaptedModel, PrefixCache, attach
+from confide.common.plan import Plan
+from confide.simulations.insecure import InsecureSeededNoise
+from tests.conftest import MakeExamples
+
+
+@pytest.fixture
+def exact(base_directory: Path, plan: Plan) -> AdaptedModel:
+    """The tiny model in float64, away from its start, where B and head are zero and gradients special."""
+    model = attach(base_directory, plan, dtype=torch.float64)
+    model.write(np.random.default_rng(1).normal(0, 0.3, model.layout.length).astype(np.float32))
+    return model
+
+
+@pytest.fixture
+def model(base_directory: Path, plan: Plan) -> AdaptedModel:
+    return attach(base_directory, plan)
+
+
+class Quiet:
+    """Randomness that draws everyone and adds nothing, to see the sums as they are."""
+
+    name = "insecure_quiet"
+
+    def uniforms(self, count: int) -> npt.NDArray[np.float64]:
+        return np.zeros(count)
+
+    def gaussian(self, count: int) -> npt.NDArray[np.float64]:
+        return np.zeros(count)
+
+
+def one_at_a_time(model: AdaptedModel, examples: Examples) -> npt.NDArray[np.float64]:
+    """The obvious way: one row, one backward pass, one gradient. Returns (rows, d)."""
+    gradients = []
+    for row in range(len(examples)):
+        model.network.zero_grad()
+        logits = model.logits(examples, np.array([row]))
+        F.cross_entropy(logits, torch.tensor([examples.labels[row]])).backward()  # type: ignore[no-untyped-call]
+        parts = [p.grad.reshape(-1) for p in model.trainable.values() if p.grad is not None]
+        gradients.append(torch.cat(parts).double().numpy())
+    model.network.zero_grad()
+    return np.stack(gradients)
+
+
+def mechanism(**changes: float) -> Mechanism:
+    plain = Mechanism(sampling_rate=0.5, clip_norm=1.0, noise_multiplier=1.0, steps=1, divisor=10.0)
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 64])
+@pytest.mark.parametrize("persons", [None, 7])
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_clipped_sum_equals_a_float64_loop_over_single_rows(
+    exact: AdaptedModel, make_examples: MakeExamples, micro_batch: int, persons: int | None, cached: bool
+) -> None:
+    examples = make_examples(23, seed=5, persons=persons)
+    rows = one_at_a_time(exact, examples)
+    per_person = np.stack([rows[examples.persons == p].mean(axis=0) for p in range(examples.person_count)])
+    norms = np.linalg.norm(per_person, axis=1)
+    clip = 1.0001 * float(np.median(norms))  # half of the persons are clipped, so both branches run
+    expected = (per_person * np.minimum(1, clip / norms)[:, None]).sum(axis=0)
+    cache = PrefixCache(exact) if cached else None
+    if cache:
+        list(cache.add(examples))
+
+    gradients = PersonGradients(exact, examples, cache=cache, micro_batch=micro_batch)
+    total = gradients.clipped_sum(np.arange(examples.person_count), clip)
+
+    assert np.linalg.norm(total.values - expected) <= 1e-10 * np.linalg.norm(expected)
+    assert total.clipped == (norms > clip).sum()
+
+
+def test_one_row_more_changes_no_other_rows_gradient(exact: AdaptedModel, make_examples: MakeExamples) -> None:
+    examples = make_examples(12, seed=3)
+    gradients = PersonGradients(exact, examples)
+    everyone = gradients.clipped_sum(np.arange(12), math.inf).values
+    alone = [gradients.clipped_sum(np.array([p]), math.inf).values for p in range(12)]
+
+    without_the_longest = np.delete(np.arange(12), int(examples.lengths.argmax()))
+    rest = gradients.clipped_sum(without_the_longest, math.inf).values
+
+    np.testing.assert_allclose(everyone - rest, alone[int(examples.lengths.argmax())], atol=1e-12)
+    np.testing.assert_allclose(rest, sum(alone[p] for p in without_the_longest), atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", [1e-3, 0.1, 1.0])
+def test_adding_or_removing_one_person_changes_the_sum_by_at_most_clip_norm(
+    model: AdaptedModel, make_examples: MakeExamples, clip: float
+) -> None:
+    examples = make_examples(30, seed=8, persons=9)
+    gradients = PersonGradients(model, examples, micro_batch=4)
+    everyone = gradients.clipped_sum(np.arange(9), clip).values
+
+    changes = [
+        np.linalg.norm(everyone - gradients.clipped_sum(np.delete(np.arange(9), p), clip).values) for p in range(9)
+    ]
+
+    assert max(changes) <= clip * (1 + 1e-5)
+    assert max(changes) > 0
+
+
+def test_nobody_drawn_gives_zeros_without_a_forward_pass(model: AdaptedModel, make_examples: MakeExamples) -> None:
+    gradients = PersonGradients(model, make_examples(5, seed=0))
+
+    total = gradients.clipped_sum(np.array([], dtype=np.int64), 1.0)
+
+    assert not total.values.any()
+
+
+def test_an_empty_batch_is_still_noised_stepped_and_counted(model: AdaptedModel, make_examples: MakeExamples) -> None:
+    examples = make_examples(5, seed=0)
+    never = mechanism(sampling_rate=1e-12, steps=3)
+    gradients = PersonGradients(model, examples)
+
+    delta, evidence = train(gradients, model.start, never, model.plan.training, InsecureSeededNoise(0, "s", 1))
+
+    assert evidence.batch_sizes == (0, 0, 0)
+    assert np.count_nonzero(delta.values) == model.layout.length
+    assert never.spend(1, "x").steps == 3
+
+
+def test_a_gradient_that_is_not_finite_counts_as_zero(exact: AdaptedModel, make_examples: MakeExamples) -> None:
+    examples = make_examples(6, seed=2)
+    gradients = PersonGradients(exact, examples)
+    expected = gradients.clipped_sum(np.array([0, 1, 3, 4, 5]), 0.5).values
+    gradients.close()
+    with torch.no_grad():
+        embeddings = exact.network.get_input_embeddings().weight
+        start = examples.starts[2]
+        poisoned = dataclasses.replace(examples, tokens=[examples.tokens[0].copy()])
+        poisoned.tokens[0][start : start + examples.lengths[2]] = 4  # [MASK], which no other row holds
+        embeddings[4] = math.nan
+
+    total = PersonGradients(exact, poisoned).clipped_sum(np.arange(6), 0.5)
+
+    assert total.non_finite == 1
+    np.testing.assert_allclose(total.values, expected, atol=1e-12)
+
+
+def test_the_noise_has_the_claimed_standard_deviation(model: AdaptedModel, make_examples: MakeExamples) -> None:
+    """False alarm 1e-6: a two-sided chi-square test on the noise of 400 steps, and a KS test."""
+    gradients = PersonGradients(model, make_examples(4, seed=0))
+    sgd = dataclasses.replace(model.plan.training, optimizer="sgd", learning_rate=1.0, head_learning_rate=1.0)
+    noise_only = mechanism(sampling_rate=1e-12, clip_norm=0.25, noise_multiplier=1.5, divisor=2.0)
+
+    draws = np.concatenate(
+        [
+            train(gradients, np.zeros_like(model.start), noise_only, sgd, InsecureSeededNoise(7, "s", n))[0].values
+            for n in range(1, 401)
+        ]
+    ).astype(np.float64)
+
+    scaled = draws / (1.5 * 0.25 / 2.0)
+    low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], len(scaled))
+    assert low <= np.square(scaled).sum() <= high
+    assert stats.kstest(scaled, "norm").pvalue > 1e-6
+
+
+def test_the_sampler_includes_each_person_with_probability_q(model: AdaptedModel, make_examples: MakeExamples) -> None:
+    """False alarm 1e-6 each: inclusion count, dispersion of batch sizes (Poisson, not fixed), and independence."""
+    q, people, steps = 0.3, 40, 2000
+    randomness = InsecureSeededNoise(3, "s", 1)
+
+    drawn = np.stack([randomness.uniforms(people) < q for _ in range(steps)])
+
+    total = int(drawn.sum())
+    assert stats.binomtest(total, people * steps, q).pvalue > 1e-6
+    per_person = stats.chisquare(drawn.sum(axis=0), np.full(people, total / people))
+    assert per_person.pvalue > 1e-6
+    dispersion = np.square(drawn.sum(axis=1) - q * people).sum() / (people * q * (1 - q))
+    low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], steps)
+    assert low <= dispersion <= high
+    gradients = PersonGradients(model, make_examples(people, seed=1))
+    _, evidence = train(
+        gradients, model.start, mechanism(sampling_rate=q, steps=5), model.plan.training, InsecureSeededNoise(3, "s", 1)
+    )
+    assert len(set(evidence.batch_sizes)) > 1
+
+
+def test_the_divisor_is_constant_whatever_was_drawn(exact: AdaptedModel, make_examples: MakeExamples) -> None:
+    examples = make_examples(6, seed=4)
+    sgd = dataclasses.replace(exact.plan.training, optimizer="sgd", learning_rate=1.0, head_learning_rate=1.0)
+    gradients = PersonGradients(exact, examples)
+    start = exact.read()
+    expected = -gradients.clipped_sum(np.arange(6), 1.0).values / 37.0
+
+    delta, _ = train(gradients, start, mechanism(divisor=37.0, noise_multiplier=1e-9), sgd, Quiet())
+
+    np.testing.assert_allclose(delta.values, expected, atol=1e-6)
+
+
+def test_the_mechanism_takes_q_and_the_noise_of_the_whole_run_from_the_plan(plan: Plan) -> None:
+    made = Mechanism.of(plan.privacy, declared_persons=120)
+
+    assert made.sampling_rate == plan.privacy.sampling_rate
+    assert made.noise_multiplier == noise_multiplier(plan.privacy)
+    assert made.divisor == plan.privacy.sampling_rate * 120
+    assert made.steps == plan.privacy.steps_per_round
+
+
+def test_training_without_noise_has_no_spend(plan: Plan) -> None:
+    bare = Mechanism.of(plan.privacy, 100).insecure_no_noise()
+
+    with pytest.raises(PrivacyError):
+        bare.spend(1, "x")
+
+
+def test_a_second_round_on_the_same_model_gives_the_same_gradients(
+    exact: AdaptedModel, make_examples: MakeExamples
+) -> None:
+    examples = make_examples(9, seed=6)
+    first = PersonGradients(exact, examples)
+    expected = first.clipped_sum(np.arange(9), 0.3).values
+    first.close()
+
+    again = PersonGradients(exact, examples).clipped_sum(np.arange(9), 0.3).values
+
+    np.testing.assert_array_equal(again, expected)
+
+
+def test_only_the_adapter_moves(model: AdaptedModel, make_examples: MakeExamples) -> None:
+    frozen = {n: p.detach().clone() for n, p in model.network.named_parameters() if not p.requires_grad}
+    gradients = PersonGradients(model, make_examples(20, seed=1))
+
+    delta, _ = train(gradients, model.start, mechanism(steps=3), model.plan.training, InsecureSeededNoise(0, "s", 1))
+
+    assert np.count_nonzero(delta.values) == model.layout.length
+    after = dict(model.network.named_parameters())
+    assert all(torch.equal(value, after[name]) for name, value in frozen.items())
+
+
+def test_training_learns_what_the_rows_hold(model: AdaptedModel, make_examples: MakeExamples) -> None:
+    examples = make_examples(200, seed=9)
+    clear = dataclasses.replace(examples, labels=(examples.tokens[0][examples.starts + 1] % 3).astype(np.int64))
+    gradients = PersonGradients(model, clear)
+    quick = dataclasses.replace(model.plan.training, learning_rate=0.05, head_learning_rate=0.1)
+    model.write(model.start)
+    before = _loss(model, clear)
+
+    train(gradients, model.start, mechanism(steps=30, divisor=200.0, noise_multiplier=1e-9), quick, Quiet())
+
+    assert _loss(model, clear) < 0.8 * before
+
+
+def _loss(model: AdaptedModel, examples: Examples) -> float:
+    chances = model.probabilities(examples)[np.arange(len(examples)), examples.labels]
+    return float(-np.log(chances).mean())
+
+
+def test_a_module_without_exact_per_example_gradients_is_refused(
+    model: AdaptedModel, make_examples: MakeExamples
+) -> None:
+    embedding = model.network.get_input_embeddings().weight
+    embedding.requires_grad_(True)
+    model.trainable["embedding"] = embedding
+
+    with pytest.raises(ModelError, match=r"embedding \(Embedding\)"):
+        PersonGradients(model, make_examples(4, seed=0))
+
+
+def test_a_site_without_rows_cannot_train(model: AdaptedModel, make_examples: MakeExamples) -> None:
+    nobody = make_examples(4, seed=0).subset(np.array([], dtype=np.int64))
+
+    with pytest.raises(DataError, match="without rows"):
+        PersonGradients(model, nobody)
+
+
+def test_deltas_and_sums_do_not_print_their_values(model: AdaptedModel, make_examples: MakeExamples) -> None:
+    gradients = PersonGradients(model, make_examples(4, seed=0))
+
+    delta, _ = train(gradients, model.start, mechanism(), model.plan.training, InsecureSeededNoise(0, "s", 1))
+
+    assert repr(delta) == f"<Delta of {model.layout.length} values>"
+    assert "[" not in repr(gradients.clipped_sum(np.arange(4), 1.0))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

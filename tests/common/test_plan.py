@@ -1,0 +1,425 @@
+"""The plan: what is refused and why, and what its digest covers."""
+
+import dataclasses
+import hashlib
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from confide.common.errors import PlanError, UsageError
+from confide.common.plan import (
+    LARGEST_PLAN_BYTES,
+    Plan,
+    differences,
+    load_plan,
+    read_plan,
+    reference,
+    starter,
+    template_columns,
+)
+from confide.common.settings import Meaning, toml_value
+
+STARTER = starter("demo", "tiny-bert", "sha256:" + "0" * 64, ["query", "value"])
+PINNED_DIGEST = "sha256:7b987582a2bc580f90dbd84fbcbb76f740618ead631e2814f225ed236d9a0d27"
+SECTIONS = [field.name for field in dataclasses.fields(Plan) if field.name not in {"name", "purpose"}]
+
+Edit = Callable[[str], str]
+
+
+def put(key: str, value: str) -> Edit:
+    """Set the starter's `key`, commented out or not, to `value` as TOML spells it."""
+    return line(key, f"{key} = {value}\n")
+
+
+def drop(key: str) -> Edit:
+    return line(key, "")
+
+
+def deep(key: str) -> Edit:
+    return line(key, key + ".a" * 3000 + " = 1\n")
+
+
+def line(key: str, new: str) -> Edit:
+    def edit(text: str) -> str:
+        changed, count = re.subn(rf"(?m)^(# )?{key} =.*\n", lambda _: new, text, count=1)
+        assert count == 1, key
+        return changed
+
+    return edit
+
+
+def under(section: str, new: str) -> Edit:
+    return lambda text: text.replace(f"[{section}]\n", f"[{section}]\n{new}\n", 1)
+
+
+def at_the_head(new: str) -> Edit:
+    return lambda text: f"{new}\n{text}"
+
+
+def both(*edits: Edit) -> Edit:
+    def edit(text: str) -> str:
+        for one in edits:
+            text = one(text)
+        return text
+
+    return edit
+
+
+def templated(value: str) -> Edit:
+    return both(drop("text"), put("template", value))
+
+
+def compute_is(new: str) -> Edit:
+    return lambda text: new + text.partition("[compute]")[0]
+
+
+MALFORMED: dict[str, tuple[Edit, str]] = {
+    # The head.
+    "another version": (put("format", '"confide-plan/2"'), '"confide-plan/1"; it has "confide-plan/2"'),
+    "no format": (drop("format"), 'must begin with format = "confide-plan/1"'),
+    "format no text": (put("format", "1"), "it has 1."),
+    "format too long to show": (deep("format"), "it has (too long to show)"),
+    "name in capitals": (put("name", '"Demo"'), 'name = "Demo" must be 1 to 63'),
+    "name with a line break": (put("name", '"demo\\n"'), "must be 1 to 63"),
+    "name too long": (put("name", f'"{"a" * 64}"'), "must be 1 to 63"),
+    "no name": (drop("name"), "must be 1 to 63"),
+    "name a deep table": (deep("name"), "name = (too long to show) must be 1 to 63"),
+    "purpose empty": (put("purpose", '""'), "purpose must be a text of 1 to 2000"),
+    "purpose too long": (put("purpose", f'"{"a" * 2001}"'), "purpose must be a text of 1 to 2000"),
+    "purpose a number": (put("purpose", "7"), "purpose must be a text of 1 to 2000"),
+    "purpose with a terminal's escape": (put("purpose", '"\\u001b[2J"'), "purpose holds a control character"),
+    "purpose with a C1 control": (put("purpose", '"\\u009b2J"'), "purpose holds a control character"),
+    "unknown section": (lambda text: text + "\n[extras]\n", "no section or key 'extras'. Known sections: model,"),
+    "unknown key at the head": (at_the_head("epsilon = 1"), "no section or key 'epsilon'"),
+    "section a number": (compute_is("compute = 1\n"), "'compute' must be a table: write [compute]"),
+    "section a list": (compute_is("compute = [{ threads = 1 }]\n"), "'compute' must be a table: write [compute]"),
+    # Keys.
+    "key misspelt": (line("rank", "rnak = 8\n"), "[adapter] has no key 'rnak'. Did you mean 'rank'?"),
+    "key of nothing near": (under("compute", "zzz = 1"), "no key 'zzz'. Known keys: device, threads, micro_batch"),
+    "key in another section": (under("training", "epsilon = 8.0"), "[training] has no key 'epsilon'"),
+    "epsilon missing": (drop("epsilon"), "[privacy] lacks 'epsilon': What a person's whole"),
+    "required text missing": (drop("label"), """[data] lacks 'label': The column that holds the label name. Add it, """),
+    "required list missing": (drop("targets"), 'for example: targets = ["query", "value"].'),
+    # Types.
+    "a number for a text": (put("label", "1"), "[data] label = 1 is not text in quotes"),
+    "a deep table for a text": (deep("label"), "[data] label = (too long to show) is not text in quotes"),
+    "a text for a number": (put("epsilon", '"8"'), '[privacy] epsilon = "8" is not a number'),
+    "a bool for a number": (put("epsilon", "true"), "[privacy] epsilon = true is not a number"),
+    "a bool for a whole number": (put("rank", "true"), "[adapter] rank = true is not a number"),
+    "a float for a whole number": (put("rounds", "10.0"), "[privacy] rounds = 10.0 is not a whole number"),
+    "a date for a number": (put("alpha", "2024-01-31"), "[adapter] alpha = 2024-01-31 is not a number"),
+    "a number for a bool": (put("cache_prefix", "1"), "[compute] cache_prefix = 1 is not true or false"),
+    "a text for a bool": (put("cache_prefix", '"true"'), '[compute] cache_prefix = "true" is not true or false'),
+    "a text for a list": (put("targets", '"query"'), '[adapter] targets = "query" is not a list'),
+    "a table for a list": (put("labels", "{ a = 1 }"), "[task] labels = {'a': 1} is not a list"),
+    "a number in a list": (put("labels", '["a", 1]'), "holds an entry that is not text in quotes"),
+    "a list in a list": (put("labels", '["a", ["b"]]'), "holds an entry that is not text in quotes"),
+    "an empty text in a list": (put("labels", '["a", ""]'), "holds an entry that has 0 characters"),
+    # Ranges.
+    "epsilon zero": (put("epsilon", "0"), "epsilon = 0 is outside its range (above 0, at most 100)"),
+    "epsilon negative": (put("epsilon", "-1.0"), "epsilon = -1.0 is outside its range"),
+    "epsilon nan": (put("epsilon", "nan"), "epsilon = nan is not a finite number"),
+    "epsilon infinite": (put("epsilon", "inf"), "epsilon = inf is not a finite number"),
+    "epsilon minus infinite": (put("epsilon", "-inf"), "epsilon = -inf is not a finite number"),
+    "epsilon beyond float": (put("epsilon", "9" * 400), "is outside its range (above 0, at most 100)"),
+    "rank of 5000 hexadecimal digits": (put("rank", "0x" + "f" * 5000), "rank = (too long to show) is outside"),
+    "rank of 5000 digits": (put("rank", "9" * 5000), "holds a number of too many digits"),
+    "delta too small": (put("delta", "1e-13"), "delta = 1e-13 is outside its range (at least 1e-12, below 0.01)"),
+    "delta too large": (put("delta", "0.01"), "delta = 0.01 is outside its range"),
+    "sampling rate above one": (put("sampling_rate", "1.001"), "sampling_rate = 1.001 is outside its range"),
+    "clip norm zero": (put("clip_norm", "0.0"), "clip_norm = 0.0 is outside its range"),
+    "no rounds": (put("rounds", "0"), "rounds = 0 is outside its range"),
+    "one person": (put("min_persons", "1"), "min_persons = 1 is outside its range"),
+    "two sites": (put("min_sites", "2"), "min_sites = 2 is outside its range (at least 3"),
+    "momentum one": (put("server_momentum", "1.0"), "server_momentum = 1.0 is outside its range (at least 0, below 1)"),
+    "update bound zero": (put("update_bound", "0"), "update_bound = 0 is outside its range"),
+    "ring of 16 bits": (put("ring_bits", "16"), "ring_bits = 16 is outside its range"),
+    "seed negative": (put("seed", "-1"), "seed = -1 is outside its range"),
+    "seed beyond 63 bits": (put("seed", str(2**63)), "is outside its range"),
+    # Texts and lists.
+    "an unknown choice": (put("score", '"f1"'), '[task] score = "f1" is not one of accuracy, macro-f1, auroc'),
+    "a choice misspelt": (put("optimizer", '"adan"'), "is not one of adam, sgd (did you mean 'adam'?)"),
+    "a control character": (put("label", '"la\\u0000bel"'), "holds a control character"),
+    "a control character in a list": (put("labels", '["a", "\\u001b[31m"]'), "an entry that holds a control character"),
+    "a delete character": (put("text", '"te\\u007fxt"'), "holds a control character"),
+    "text too short": (put("label", '""'), "has 0 characters, and needs at least 1"),
+    "text too long": (put("label", f'"{"a" * 201}"'), "has 201 characters, and may have at most 200"),
+    "one label": (put("labels", '["only"]'), "has 1 entries, and needs at least 2"),
+    "too many targets": (put("targets", str([f"t{i}" for i in range(33)])), "has 33 entries, and may have at most 32"),
+    "a label twice": (put("labels", '["a", "b", "a"]'), "names an entry twice"),
+    "a target twice": (put("targets", '["query", "query"]'), "names an entry twice"),
+    # What is no plan at all.
+    "not TOML": (at_the_head("what?"), "The plan is not valid TOML"),
+    "a key twice": (under("privacy", "epsilon = 8.0"), "The plan is not valid TOML: Cannot overwrite a value"),
+    "a section twice": (lambda text: text + "\n[privacy]\n", "The plan is not valid TOML: Cannot declare"),
+    "an unpaired surrogate": (put("label", '"\\ud800"'), "The plan is not valid TOML"),
+    "too large": (lambda text: text + "#" * LARGEST_PLAN_BYTES, "bytes, and may have at most 1048576"),
+    "nested deeply": (put("label", "[" * 5000 + "]" * 5000), "The plan is nested too deeply"),
+    # Contradictions.
+    "digest without its name": (put("base_digest", f'"{"0" * 64}"'), "base_digest must be sha256: and 64 hexadecimal"),
+    "digest in capitals": (put("base_digest", f'"sha256:{"A" * 64}"'), "base_digest must be sha256: and 64"),
+    "digest too short": (put("base_digest", f'"sha256:{"0" * 63}"'), "base_digest must be sha256: and 64"),
+    "digest with a line break": (put("base_digest", f'"sha256:{"0" * 64}\\n"'), "base_digest must be sha256: and 64"),
+    "neither text nor template": (drop("text"), "needs exactly one of `text` (a column) and `template`"),
+    "text and template": (put("template", '"{age}"'), "needs exactly one of `text` (a column) and `template`"),
+    "text_pair with template": (both(templated('"{a}"'), put("text_pair", '"b"')), "text_pair goes with `text`"),
+    "text_pair is text": (put("text_pair", '"text"'), "text_pair names the column 'text', which is already the text"),
+    "template unbalanced": (templated('"{age"'), "template is malformed: expected '}'"),
+    "template closed only": (templated('"age}"'), "template is malformed: Single '}'"),
+    "template with empty braces": (templated('"{}"'), "template is malformed: a pair of braces is empty"),
+    "template with a format": (templated('"{age:>9}"'), "the field {age} carries a format or conversion"),
+    "template with a conversion": (templated('"{age!r}"'), "the field {age} carries a format or conversion"),
+    "template without columns": (templated('"{{age}}"'), "template names no column"),
+    "template shows the label": (templated('"{age} {label}"'), "template shows the label column 'label'"),
+    "label is text": (put("label", '"text"'), "label and text name the same column 'text'"),
+    "label is text_pair": (put("text_pair", '"label"'), "label and text name the same column 'label'"),
+    "person_id is label": (put("person_id", '"label"'), "person_id names the column 'label', which is already"),
+    "person_id is text": (put("person_id", '"text"'), "person_id names the column 'text', which is already"),
+    "delta not below one person": (put("delta", "1e-3"), "delta = 0.001 is not below 1 / min_persons = 0.001"),
+    "batches of less than one": (put("sampling_rate", "0.0009"), "sampling_rate × min_persons = 0.9 persons a step"),
+    "too many steps": (
+        both(put("rounds", "1001"), put("steps_per_round", "1000")),
+        "rounds × steps_per_round = 1001000 steps; at most 1000000",
+    ),
+    "least sites above most": (put("min_sites", "17"), "min_sites = 17 exceeds max_sites = 16"),
+    "momentum without use": (put("server_momentum", "0.9"), "server_momentum has no effect on fedavg"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_plan_is_refused_with_its_fault(case: str) -> None:
+    edit, fragment = MALFORMED[case]
+
+    with pytest.raises(PlanError) as caught:
+        read_plan(edit(STARTER).encode())
+
+    assert fragment in str(caught.value)
+    assert len(caught.value.problems) == 1
+    assert len(str(caught.value)) < 1000
+    assert caught.value.exit_code == 3
+
+
+def test_bytes_that_are_not_utf8_are_refused() -> None:
+    with pytest.raises(PlanError, match="not UTF-8 text \\(byte 2\\). Save it as UTF-8"):
+        read_plan(b"# \xff\n" + STARTER.encode())
+
+
+def test_nesting_of_every_depth_is_refused_as_a_fault_of_the_plan() -> None:
+    for depth in range(1, 600):
+        nested = put("label", "[" * depth + "]" * depth)(STARTER)
+
+        with pytest.raises(PlanError, match="is not text in quotes|is nested too deeply"):
+            read_plan(nested.encode())
+
+
+def test_all_faults_are_listed_at_once() -> None:
+    edits = both(put("epsilon", "0"), put("rank", "0"), drop("label"), put("name", '"?"'), under("task", "x = 1"))
+
+    with pytest.raises(PlanError) as caught:
+        read_plan(edits(STARTER).encode())
+
+    assert len(caught.value.problems) == 5
+    assert str(caught.value) == "\n".join(caught.value.problems)
+
+
+def test_all_contradictions_are_listed_at_once() -> None:
+    edits = both(put("delta", "2e-3"), put("min_sites", "17"), put("server_momentum", "0.5"), put("label", '"text"'))
+
+    with pytest.raises(PlanError) as caught:
+        read_plan(edits(STARTER).encode())
+
+    assert len(caught.value.problems) == 4
+
+
+def test_the_starter_is_a_valid_plan_and_holds_what_it_was_given() -> None:
+    plan = read_plan(STARTER.encode())
+
+    assert (plan.name, plan.model.base, plan.model.base_digest) == ("demo", "tiny-bert", "sha256:" + "0" * 64)
+    assert plan.adapter.targets == ("query", "value")
+
+
+def test_the_starter_names_every_key_with_its_meaning() -> None:
+    for section, key, _, limit, says in reference():
+        text = STARTER.partition(f"[{section}]\n")[2].partition("\n[")[0]
+
+        assert re.search(rf"(?m)^# {re.escape(says)}{re.escape(f' ({limit})' if limit else '')}\n(# )?{key} =", text)
+
+
+def test_a_plan_spelled_out_again_reads_back_equal() -> None:
+    plan = read_plan(both(put("labels", '["sí \\"a\\"", "b\\\\", "c\\td"]'), put("text_pair", '"two"'))(STARTER).encode())
+
+    again = read_plan(spelled(plan).encode())
+
+    assert again == plan
+    assert again.digest == plan.digest
+
+
+def test_a_plan_in_a_file_is_read_and_a_missing_one_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text(STARTER, encoding="utf-8")
+
+    assert load_plan(tmp_path / "plan.toml") == read_plan(STARTER.encode())
+    with pytest.raises(UsageError, match="confide plan new"):
+        load_plan(tmp_path / "none.toml")
+    with pytest.raises(UsageError, match="Cannot read the plan"):
+        load_plan(tmp_path)
+
+
+def test_canonical_bytes_and_digest_are_pinned() -> None:
+    plan = read_plan(STARTER.encode())
+
+    assert plan.canonical().startswith(b'{"adapter":{"alpha":16.0,"head_start":"zeros","method":"ffa","rank":8,')
+    assert plan.digest == "sha256:" + hashlib.sha256(plan.canonical()).hexdigest()
+    assert plan.digest == PINNED_DIGEST
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: re.sub(r"(?m)^#.*\n", "", text),
+        lambda text: "".join(f"{part}\n" for part in (text.partition("\n[")[0], *reversed(sections_of(text)))),
+        put("epsilon", "8"),
+        put("epsilon", "80e-1"),
+        lambda text: re.sub(r"(?m)^max_tokens = .*\n", "", text),
+        put("threads", "3"),
+        lambda text: text.partition("[compute]")[0],
+    ],
+    ids=["BOM", "CRLF", "comments", "order", "whole", "exponent", "default left out", "compute", "compute left out"],
+)
+def test_the_digest_does_not_change_with_spelling_or_speed(edit: Edit) -> None:
+    changed = edit(STARTER)
+
+    assert changed != STARTER
+    assert read_plan(changed.encode()).digest == PINNED_DIGEST
+
+
+def test_the_digest_changes_with_every_setting_but_compute() -> None:
+    plan = read_plan(STARTER.encode())
+    digests = {plan.digest, dataclasses.replace(plan, name="x").digest, dataclasses.replace(plan, purpose="x").digest}
+    assert len(digests) == 3
+
+    for section, key in keys():
+        changed = altered(plan, section, key)
+
+        if section == "compute":
+            assert changed.digest == plan.digest
+        else:
+            digests.add(changed.digest)
+
+    assert len(digests) == 3 + sum(section != "compute" for section, _ in keys())
+
+
+def test_differences_name_exactly_the_setting_that_differs() -> None:
+    plan = read_plan(STARTER.encode())
+    assert differences(plan, plan) == []
+
+    for section, key in keys():
+        changed = altered(plan, section, key)
+
+        ((name, before, after),) = differences(plan, changed)
+        assert name == f"[{section}] {key}"
+        assert before == spelled_value(getattr(getattr(plan, section), key))
+        assert after == spelled_value(getattr(getattr(changed, section), key))
+
+
+def test_differences_show_absence_and_the_head() -> None:
+    plan = read_plan(STARTER.encode())
+    other = read_plan(both(put("name", '"other"'), put("update_bound", "2"), put("rank", "4"))(STARTER).encode())
+
+    assert differences(plan, other) == [
+        ("name", "demo", "other"),
+        ("[adapter] rank", "8", "4"),
+        ("[federation] update_bound", "absent", "2.0"),
+    ]
+
+
+def test_the_reference_covers_every_key_with_its_default() -> None:
+    rows = list(reference())
+
+    assert [(section, key) for section, key, *_ in rows] == keys()
+    assert all(says.endswith(".") for *_, says in rows)
+    assert ("privacy", "epsilon", "required", "above 0, at most 100") in [row[:4] for row in rows]
+    assert ("data", "person_id", "absent", "at least 1, at most 200") in [row[:4] for row in rows]
+    assert ("adapter", "rank", "8", "at least 1, at most 256") in [row[:4] for row in rows]
+
+
+def test_every_default_and_example_is_within_its_own_range() -> None:
+    for section, key, default, *_ in reference():
+        if default in {"required", "absent"}:
+            continue
+
+        plan = read_plan(put_in(section, key, default)(STARTER).encode())
+
+        assert spelled_value(getattr(getattr(plan, section), key)) == default
+
+
+def test_template_columns_are_named_in_order_and_once() -> None:
+    assert template_columns("{b} of {a}, {b} {{not this}}") == ("b", "a")
+
+
+def test_no_setting_of_the_guarantee_is_in_compute() -> None:
+    assert [key for section, key in keys() if section == "compute"] == [
+        "device",
+        "threads",
+        "micro_batch",
+        "cache_prefix",
+    ]
+
+
+def keys() -> list[tuple[str, str]]:
+    plan = read_plan(STARTER.encode())
+    return [(section, field.name) for section in SECTIONS for field in dataclasses.fields(getattr(plan, section))]
+
+
+def altered(plan: Plan, section: str, key: str) -> Plan:
+    """Return `plan` with another value under that key, whatever its type."""
+    table = getattr(plan, section)
+    field = next(field for field in dataclasses.fields(table) if field.name == key)
+    meaning: Meaning = field.metadata["meaning"]
+    old = getattr(table, key)
+    new: object
+    match old:
+        case bool():
+            new = not old
+        case int() | float():
+            new = old + 1
+        case tuple():
+            new = (*old, "more")
+        case None:
+            new = 0.5 if meaning.below or meaning.above is not None else "more"
+        case _:
+            new = next((choice for choice in meaning.choices if choice != old), f"{old} more")
+    return dataclasses.replace(plan, **{section: dataclasses.replace(table, **{key: new})})
+
+
+def spelled(plan: Plan) -> str:
+    """Write a plan as plain TOML."""
+    lines = ['format = "confide-plan/1"', f"name = {toml_value(plan.name)}", f"purpose = {toml_value(plan.purpose)}"]
+    for section in SECTIONS:
+        table = dataclasses.asdict(getattr(plan, section))
+        lines += [f"[{section}]", *(f"{key} = {toml_value(v)}" for key, v in table.items() if v is not None)]
+    return "\n".join(lines)
+
+
+def spelled_value(value: object) -> str:
+    return "absent" if value is None else toml_value(value)
+
+
+def put_in(section: str, key: str, value: str) -> Edit:
+    def edit(text: str) -> str:
+        before, head, after = text.partition(f"[{section}]\n")
+        return before + head + put(key, value)(after)
+
+    return edit
+
+
+def sections_of(text: str) -> list[str]:
+    return [f"[{part}" for part in text.split("\n[")[1:]]
+
+
+def test_the_starter_is_plain_toml() -> None:
+    assert set(tomllib.loads(STARTER)) == {"format", "name", "purpose", *SECTIONS}

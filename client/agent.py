@@ -7,15 +7,12 @@ else comes out. It answers one message at a time.
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import closing
 from typing import Protocol
 
 from confide.client.spends import SpendLog
-from confide.client.trainer import Mechanism, PersonGradients, Randomness, train
+from confide.client.trainer import Mechanism, Randomness, Trainer
 from confide.common.errors import ConfideError, DataError, Refused
-from confide.common.examples import Examples
 from confide.common.messages import Contribution, Envelope, Failure, Message, Offer, open_envelope, seal
-from confide.common.model import AdaptedModel, PrefixCache
 from confide.common.plan import Plan
 from confide.common.ring import RingLayout, RingVector, encode
 
@@ -26,6 +23,7 @@ class Protection(Protocol):
     """What hides a site's vector on its way into the sum."""
 
     name: str
+    retries: bool  # whether another attempt at the same round may follow, for which the vector must be kept
 
     def protect(self, vector: RingVector, offer: Offer) -> Contribution:
         """Return the only thing about `vector` that leaves the site."""
@@ -38,14 +36,12 @@ class Agent:
     Args:
         site: The site's name.
         plan: The plan the site agreed to; offers under another are refused.
-        model: The base model with the plan's adapter; several agents of a simulation may share one.
-        examples: The site's rows.
+        trainer: Holds the model and the site's rows, and trains on them.
         declared_persons: N, the rounded public number of persons that sets the divisor q·N.
         ring: How updates are written as integers.
         randomness: Gives each round's source of draws.
         protection: What hides the site's vector.
         spends: The record of what training cost.
-        cache: Where the frozen prefix of the rows lies, if it was computed.
 
     Raises:
         DataError: The site has fewer persons than the plan asks for.
@@ -56,31 +52,27 @@ class Agent:
         *,
         site: str,
         plan: Plan,
-        model: AdaptedModel,
-        examples: Examples,
+        trainer: Trainer,
         declared_persons: int,
         ring: RingLayout,
         randomness: Callable[[int], Randomness],
         protection: Protection,
         spends: SpendLog,
-        cache: PrefixCache | None = None,
     ) -> None:
-        if min(examples.person_count, declared_persons) < plan.privacy.min_persons:
+        if min(trainer.person_count, declared_persons) < plan.privacy.min_persons:
             raise DataError(
-                f"Site {site} has {min(examples.person_count, declared_persons)} persons; the plan asks for at least "
+                f"Site {site} has {min(trainer.person_count, declared_persons)} persons; the plan asks for at least "
                 f"{plan.privacy.min_persons}. Lower [privacy] min_persons, or give the site more data."
             )
         self.site = site
         self.spends = spends
         self._plan = plan
-        self._model = model
-        self._examples = examples
+        self._trainer = trainer
         self._mechanism = Mechanism.of(plan.privacy, declared_persons)
         self._ring = ring
         self._randomness = randomness
         self._protection = protection
-        self._cache = cache
-        self._vectors: dict[tuple[str, int], RingVector] = {}
+        self._kept: dict[tuple[str, int], RingVector] = {}
         self._lock = threading.Lock()
 
     def answer(self, envelope: Envelope) -> Envelope:
@@ -104,26 +96,24 @@ class Agent:
         raise Refused(f"Site {self.site} takes offers only; it was sent a {message.kind}.")
 
     def _contribute(self, offer: Offer) -> Contribution:
-        """Train once per (run, round); every further attempt of that round protects the same vector again."""
+        """Train once per (run, round); a further attempt of that round protects the same vector again."""
         self._check(offer)
         key = (offer.run, offer.round)
-        if key not in self._vectors:
-            self._vectors = {key: self._train(offer)}  # vectors of earlier rounds are forgotten
-        return self._protection.protect(self._vectors[key], offer)
+        vector = self._kept.get(key) or self._train(offer)
+        self._kept = {key: vector} if self._protection.retries else {}  # vectors of earlier rounds are forgotten
+        return self._protection.protect(vector, offer)
 
     def _train(self, offer: Offer) -> RingVector:
         randomness = self._randomness(offer.round)
         self.spends.reserve(self._mechanism.spend(offer.round, randomness.name))
-        micro_batch = self._plan.compute.micro_batch
-        with closing(PersonGradients(self._model, self._examples, self._cache, micro_batch)) as gradients:
-            delta, _ = train(gradients, offer.adapter, self._mechanism, self._plan.training, randomness)
+        delta = self._trainer.train(offer.adapter, self._mechanism, randomness)
         return encode(delta.values, self._ring, randomness.uniforms)
 
     def _check(self, offer: Offer) -> None:
         plan = self._plan
         faults = {
             "the plan is another one": offer.plan != plan.digest,
-            "the adapter's layout is another one": offer.layout != self._model.layout.digest,
+            "the adapter's layout is another one": offer.layout != self._trainer.layout_digest,
             "the round is outside the plan": not 1 <= offer.round <= plan.privacy.rounds,
             "the cohort is smaller than the plan allows": offer.sites < plan.federation.min_sites,
             "the cohort is larger than the ring has room for": offer.sites > plan.federation.max_sites,

@@ -9,6 +9,7 @@ counted as any other.
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Protocol
 
 import numpy as np
@@ -153,13 +154,14 @@ def train(
     model.write(start)
     optimizer = _optimizer(model, training)
     sizes, clipped, non_finite = [], 0, 0
-    for _ in range(mechanism.steps):
-        drawn = np.flatnonzero(randomness.uniforms(gradients.person_count) < mechanism.sampling_rate)
-        total = gradients.clipped_sum(drawn, mechanism.clip_norm)
-        _set_gradient(model, _noised(total, mechanism, randomness) / mechanism.divisor)
-        optimizer.step()
-        sizes.append(len(drawn))
-        clipped, non_finite = clipped + total.clipped, non_finite + total.non_finite
+    with closing(gradients):
+        for _ in range(mechanism.steps):
+            drawn = np.flatnonzero(randomness.uniforms(gradients.person_count) < mechanism.sampling_rate)
+            total = gradients.clipped_sum(drawn, mechanism.clip_norm)
+            _set_gradient(model, _noised(total, mechanism, randomness) / mechanism.divisor)
+            optimizer.step()
+            sizes.append(len(drawn))
+            clipped, non_finite = clipped + total.clipped, non_finite + total.non_finite
     delta = Delta(values=model.read() - start)
     return delta, Evidence(batch_sizes=tuple(sizes), clipped=clipped, non_finite=non_finite)
 
@@ -171,11 +173,41 @@ def _noised(total: ClippedSum, mechanism: Mechanism, randomness: Randomness) -> 
     return total.values + deviation * randomness.gaussian(len(total.values))
 
 
+class Trainer(Protocol):
+    """What an agent needs of whatever trains for it."""
+
+    person_count: int
+    layout_digest: str
+
+    def train(self, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:
+        """Return what one round of private training made of `start`."""
+        ...
+
+
+class PrivateTrainer:
+    """Trains one site's rows by DP-SGD, as `train` does.
+
+    Args:
+        model: The base model with the adapter; several sites of a simulation may share one.
+        examples: The site's rows, at least one.
+        cache: Where the frozen prefix of the rows lies, if it was computed.
+    """
+
+    def __init__(self, model: AdaptedModel, examples: Examples, cache: PrefixCache | None = None) -> None:
+        self._gradients = PersonGradients(model, examples, cache, model.plan.compute.micro_batch)
+        self.person_count = examples.person_count
+        self.layout_digest = model.layout.digest
+
+    def train(self, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:
+        """Return what one round of private training made of `start`."""
+        delta, _ = train(self._gradients, start, mechanism, self._gradients.model.plan.training, randomness)
+        return delta
+
+
 class PersonGradients:
     """Per-person gradients of one site's examples on one model.
 
-    The hooks stay on the model for as long as this lives, and rounds reuse them; `close` takes them off, so that the
-    model may serve another site.
+    Hooks are on the model from the first gradient until `close`, so that sites may take turns on a shared model.
 
     Args:
         model: The base model with the adapter.
@@ -192,23 +224,30 @@ class PersonGradients:
         self, model: AdaptedModel, examples: Examples, cache: PrefixCache | None = None, micro_batch: int = 64
     ) -> None:
         if len(examples) == 0:
-            raise DataError("A site without rows cannot train.")
+            raise DataError("A site without rows cannot train. Give it rows, or leave it out.")
         self.model = model
         self.person_count = examples.person_count
         self._examples = examples
         self._cache = cache
         self._micro_batch = micro_batch
         _check_supported(model)
-        order = np.argsort(examples.persons, kind="stable")
-        self._rows_of = np.split(order, np.cumsum(np.bincount(examples.persons))[:-1])
-        self._longest = np.array([examples.lengths[rows].max() for rows in self._rows_of])
-        # Not strict: frozen modules may hold buffers, such as position numbers; trainable ones are checked above.
-        self._hooks = GradSampleHooks(model.network, loss_reduction="sum", strict=False)
-        self._hooks.enable_hooks()
+        self._rows = np.argsort(examples.persons, kind="stable")  # person after person
+        self._row_counts = np.bincount(examples.persons)
+        self._first_row = np.cumsum(self._row_counts) - self._row_counts
+        self._longest = np.maximum.reduceat(examples.lengths[self._rows], self._first_row)
+        self._hooks: GradSampleHooks | None = None
 
     def close(self) -> None:
         """Take the hooks off the model."""
-        self._hooks.cleanup()
+        if self._hooks is not None:
+            self._hooks.cleanup()
+            self._hooks = None
+
+    def _open(self) -> None:
+        if self._hooks is None:
+            # Not strict: frozen modules may hold buffers, such as position numbers; trainable ones are checked above.
+            self._hooks = GradSampleHooks(self.model.network, loss_reduction="sum", strict=False)
+            self._hooks.enable_hooks()
 
     def clipped_sum(self, persons: Ints, clip_norm: float) -> ClippedSum:
         """Return the sum of the given persons' clipped gradients; no persons give zeros.
@@ -223,13 +262,17 @@ class PersonGradients:
         Guarantee: adding or removing one person changes the sum by at most clip_norm in L2, up to float rounding. A
         gradient that is not finite counts as zero.
         """
+        self._open()
         dtype = next(iter(self.model.trainable.values())).dtype
         total = torch.zeros(self.model.layout.length, dtype=dtype, device=self.model.device)
         carry = torch.zeros_like(total)  # what earlier micro-batches hold of the first person of the next
         clipped = non_finite = 0
         ordered = persons[np.argsort(self._longest[persons], kind="stable")]
-        rows = np.concatenate([self._rows_of[person] for person in ordered]) if len(ordered) else ordered
-        owner = np.repeat(np.arange(len(ordered)), [len(self._rows_of[person]) for person in ordered])
+        counts = self._row_counts[ordered]
+        owner = np.repeat(np.arange(len(ordered)), counts)  # (rows,): whose row it is, in the order of `ordered`
+        rows = self._rows[
+            np.arange(len(owner)) + np.repeat(self._first_row[ordered] - np.cumsum(counts) + counts, counts)
+        ]
         for start in range(0, len(rows), self._micro_batch):
             window = slice(start, start + self._micro_batch)
             owners = owner[window]
@@ -250,7 +293,7 @@ class PersonGradients:
 
     def _person_sums(self, rows: Ints, owners: Ints) -> torch.Tensor:
         """Return, for each person in `owners`, the sum over the given rows of her mean-weighted gradients."""
-        weights = 1.0 / np.array([len(self._rows_of[p]) for p in self._examples.persons[rows]])
+        weights = 1.0 / self._row_counts[self._examples.persons[rows]]
         logits = self.model.logits(self._examples, rows, self._cache)
         labels = torch.from_numpy(self._examples.labels[rows]).to(logits.device)
         # One loss per row, never the model's own: a mean over the batch would tie rows to their neighbours.

@@ -79,7 +79,7 @@ def save_vector(path: Path, vector: Floats, layout: Layout) -> None:
     """Write `vector` to `path` as safetensors, one tensor per name."""
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(part) for name, part in layout.split(vector).items()}, path)
+    save_file({name: np.asarray(part, order="C") for name, part in layout.split(vector).items()}, path)
 
 
 def load_vector(path: Path, layout: Layout) -> Floats:
@@ -95,17 +95,24 @@ def load_tensors(path: Path) -> dict[str, Floats]:
     """Return the named tensors of a safetensors file.
 
     Raises:
-        AdapterError: The file is missing or damaged.
+        AdapterError: The file is missing or damaged, or holds other numbers than floats of 16, 32 or 64 bits.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        return dict(load_file(path))
+        tensors = dict(load_file(path))
     except OSError as error:
         raise AdapterError(f"Cannot read the adapter {path}: {error.strerror or error}.") from None
     except (SafetensorError, ValueError) as error:
         raise AdapterError(f"The adapter {path} is damaged or not safetensors: {error}.") from None
+    except (TypeError, AttributeError):  # numbers numpy has no name for, such as bfloat16
+        tensors = None
+    if tensors is None or any(tensor.dtype.kind != "f" for tensor in tensors.values()):
+        raise AdapterError(
+            f"The adapter {path} holds other numbers than floats of 16, 32 or 64 bits. Save it as float32."
+        )
+    return tensors
 
 
 def frozen_factor(name: str, rank: int, width: int, seed: int) -> Floats:

@@ -76,7 +76,7 @@ def model_type(directory: Path) -> str:
     try:
         config = json.loads((directory / "config.json").read_bytes())
         return str(config["model_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(
             f"{directory}/config.json is missing or not a model's configuration ({type(error).__name__}). "
             "Give the directory of a model in Hugging Face's layout."

@@ -96,8 +96,8 @@ class AdaptedModel:
     def export(self, vector: Floats, directory: Path) -> None:
         """Write `vector` as a standard PEFT directory: `adapter_config.json`, `adapter_model.safetensors`.
 
-        `peft.PeftModel.from_pretrained(base, directory)` then gives the same logits, where `base` is
-        `AutoModelForSequenceClassification.from_pretrained(base_directory, num_labels=…)`.
+        `peft.PeftModel.from_pretrained(base, directory)` then gives the same logits. With pooling `own`, `base` is
+        `AutoModelForSequenceClassification.from_pretrained(base_directory, num_labels=…)`; with `mean`, `load_base`.
         """
         self.write(vector)
         self.network.peft_config[_ADAPTER].base_model_name_or_path = self.plan.model.base
@@ -140,7 +140,8 @@ def attach(directory: Path, plan: Plan, *, head_only: bool = False, dtype: torch
             missing outside its head.
     """
     check_base(directory, plan.model.base_digest)
-    base, head = _load_base(directory, plan, dtype)
+    base = load_base(directory, plan, dtype)
+    head = _head_modules(base)
     network = _add_lora(base, plan, head)
     with torch.no_grad():
         for name, p in network.named_parameters():
@@ -158,8 +159,18 @@ def attach(directory: Path, plan: Plan, *, head_only: bool = False, dtype: torch
 
 
 def merge(model: AdaptedModel, vector: Floats, base_directory: Path, directory: Path) -> None:
-    """Write full weights, the base with the adapter folded in, that transformers loads without peft."""
+    """Write full weights, the base with the adapter folded in, that transformers loads without peft.
+
+    Raises:
+        ModelError: The plan pools by the mean, for which transformers has no class.
+    """
     import copy
+
+    if model.plan.model.pooling != "own":
+        raise ModelError(
+            '[model] pooling = "mean" has no class in transformers that could load merged weights. '
+            "Use the adapter's directory with confide.common.model.load_base instead."
+        )
 
     model.write(vector)
     merged = copy.deepcopy(model.network).merge_and_unload()
@@ -284,14 +295,23 @@ def _replaying(model: AdaptedModel, hidden: torch.Tensor | None) -> Iterator[Non
             model.blocks[index] = layer
 
 
-def _load_base(directory: Path, plan: Plan, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """Return the base model and the names of its head's modules."""
+def load_base(directory: Path, plan: Plan, dtype: torch.dtype = torch.float32) -> Any:  # noqa: ANN401  transformers' own
+    """Return the plan's base model without its adapter, with every dropout at zero.
+
+    It is what `peft.PeftModel.from_pretrained(load_base(…), adapter_directory)` needs. With pooling `own` that is
+    transformers' `AutoModelForSequenceClassification`; with `mean` a `MeanPooledClassifier` around its `AutoModel`.
+
+    Raises:
+        ModelError: It cannot be loaded, or has weights missing outside its head.
+    """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    mean = plan.model.pooling == "mean"
+    factory = transformers.AutoModel if mean else transformers.AutoModelForSequenceClassification
     try:
-        base, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, info = factory.from_pretrained(
             directory,
             config=_config(directory, plan, dropout=False),
             dtype=dtype,
@@ -303,19 +323,46 @@ def _load_base(directory: Path, plan: Plan, dtype: torch.dtype) -> tuple[Any, li
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The base model in {directory} cannot be loaded as a text classifier: {error}") from None
-    head = [
-        name
-        for name, child in base.named_children()
-        if name != base.base_model_prefix and next(child.parameters(), None) is not None
-    ]
     absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
-    outside = sorted(key for key in absent if key.split(".")[0] not in head)
+    if mean:
+        absent = {key for key in absent if not key.startswith("pooler.")}  # a mean has no use for it
+        base = MeanPooledClassifier(base, len(plan.task.labels)).to(dtype)
+    outside = sorted(key for key in absent if key.split(".")[0] not in _head_modules(base))
     if outside:
         raise ModelError(
             f"The base model in {directory} lacks weights outside its head: {', '.join(outside[:5])}. "
             "They would be random and frozen. Use a complete checkpoint of this architecture."
         )
-    return base, head
+    return base
+
+
+class MeanPooledClassifier(nn.Module):
+    """A sentence encoder with a linear head on the mean of its token vectors, padding left out."""
+
+    base_model_prefix = "encoder"
+
+    def __init__(self, encoder: Any, labels: int) -> None:  # noqa: ANN401  any of transformers' encoders
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.config.hidden_size, labels)
+        self.config = encoder.config
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> Any:  # noqa: ANN401
+        """Return an output whose `logits` are (rows, labels)."""
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        tokens = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        mask = attention_mask[..., None].to(tokens.dtype)  # (rows, longest, 1)
+        pooled = (tokens * mask).sum(dim=1) / mask.sum(dim=1)  # (rows, width)
+        return SequenceClassifierOutput(logits=self.classifier(pooled))
+
+
+def _head_modules(base: Any) -> list[str]:  # noqa: ANN401  transformers' own
+    return [
+        name
+        for name, child in base.named_children()
+        if name != base.base_model_prefix and next(child.parameters(), None) is not None
+    ]
 
 
 def _config(directory: Path, plan: Plan, *, dropout: bool) -> Any:  # noqa: ANN401  transformers' own
@@ -349,7 +396,7 @@ def _add_lora(base: Any, plan: Plan, head: Sequence[str]) -> Any:  # noqa: ANN40
     if top > layers:
         raise ModelError(f"[adapter] top_layers = {top}, but the base model has {layers} layers.")
     config = peft.LoraConfig(
-        task_type="SEQ_CLS",
+        task_type="SEQ_CLS" if plan.model.pooling == "own" else None,
         r=plan.adapter.rank,
         lora_alpha=plan.adapter.alpha,
         lora_dropout=0.0,

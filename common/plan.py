@@ -40,6 +40,12 @@ class Model:
     max_tokens: int = setting(
         "How many tokens of a text are read; what is beyond is cut off.", default=128, at_least=2, at_most=8192
     )
+    pooling: str = setting(
+        "What the head reads: what the model's own classifier class gives it, or the mean over all tokens, which suits "
+        "sentence encoders.",
+        default="own",
+        choices=("own", "mean"),
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -100,7 +100,15 @@ def _card(
     )
     unit = "person (all rows of one " + f"`{plan.data.person_id}`)" if plan.data.person_id else "row"
     shown = "\n".join(f"- {name}: {value:.4f}" for name, value in scores.items())
-    labels = len(plan.task.labels)
+    loading = (
+        "from transformers import AutoModelForSequenceClassification\n\n"
+        f'base = AutoModelForSequenceClassification.from_pretrained("path/to/{plan.model.base}", '
+        f"num_labels={len(plan.task.labels)})"
+        if plan.model.pooling == "own"
+        else "from pathlib import Path\n\nfrom confide.common.model import load_base\n"
+        "from confide.common.plan import load_plan\n\n"
+        f'base = load_base(Path("path/to/{plan.model.base}"), load_plan(Path("path/to/this/directory/plan.toml")))'
+    )
     return f"""---
 base_model: {plan.model.base}
 library_name: peft
@@ -134,9 +142,7 @@ composed over all rounds. Recompute it from `manifest.json` and `plan.toml`.
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
-
-base = AutoModelForSequenceClassification.from_pretrained("path/to/{plan.model.base}", num_labels={labels})
+{loading}
 model = PeftModel.from_pretrained(base, "path/to/this/directory").eval()
 ```
 

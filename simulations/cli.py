@@ -174,6 +174,30 @@ def repeat(
     Console().print(table)
 
 
+@app.command(epilog="Example: confide simulate bench federation --json")
+def bench(
+    name: Annotated[str, typer.Argument(help="Which benchmark: federation.", metavar="NAME")],
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed and memory, beside a peer where there is one."""
+    from confide.simulations.bench import bench as measure
+
+    _silence()
+    result = measure(name, lambda line: typer.echo(line, err=True))
+    if as_json:
+        _print_json(result)
+        return
+    table = Table(title=f"bench {name}, {result['seconds']:.0f} s", title_justify="left", box=None, pad_edge=False)
+    for heading in ("", "median", "lowest", "highest", "runs", "beside"):
+        table.add_column(heading, justify="left" if heading in {"", "beside"} else "right")
+    figures: dict[str, Any] = result["figures"]
+    for key, figure in figures.items():
+        low, high = figure["spread"]
+        shown = (f"{value:.4g} {figure['unit']}" for value in (figure["value"], low, high))
+        table.add_row(key, *shown, str(figure["runs"]), figure["peer"])
+    Console().print(table)
+
+
 def _directory(name: str) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 

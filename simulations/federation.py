@@ -6,6 +6,7 @@ from pathlib import Path
 
 from confide.client.agent import Agent
 from confide.client.spends import SpendLog
+from confide.client.trainer import PrivateTrainer
 from confide.common.examples import Examples
 from confide.common.messages import Envelope
 from confide.common.model import AdaptedModel, PrefixCache
@@ -63,14 +64,12 @@ class Federation:
         return Agent(
             site=site,
             plan=self.plan,
-            model=self.model,
-            examples=self.sites[site],
+            trainer=PrivateTrainer(self.model, self.sites[site], self.cache),
             declared_persons=declared(self.sites[site].person_count),
             ring=ring,
             randomness=randomness,
             protection=InsecurePlainSum(),
             spends=SpendLog(directory / f"{site}.jsonl"),
-            cache=self.cache,
         )
 
 

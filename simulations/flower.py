@@ -4,21 +4,20 @@ The agents stay in this process, behind one socket, and share one model. Flower'
 (`app`) and, on Ray, one postman per site (`confide.client.app`). Flower gets a home, a port and a directory of its own,
 fetches nothing, and is stopped with everything it started.
 
-    this process        agents ── socket ──┐
-    flower-superlink ── flwr-simulation ── Ray ── postmen
-                        server's loop ──┘
+    this process:  agents ── socket ──────────────────┐
+    SuperLink ─ simulation:  server's loop ── Ray ── postmen
 """
 
 import contextlib
 import dataclasses
+import http.client
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -28,6 +27,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from confide.client import postbox
+from confide.client.app import AGENT_SOCKET
 from confide.common.adapter import Layout, load_vector, save_vector
 from confide.common.canonical import canonical_bytes
 from confide.common.errors import RunError
@@ -43,13 +43,13 @@ from confide.simulations.insecure import InsecurePlainSum
 if TYPE_CHECKING:
     from confide.client.agent import Agent
 
-AGENT_SOCKET = "CONFIDE_AGENT_SOCKET"
 ERRAND = "CONFIDE_ERRAND"
 FORMAT = "confide-errand/1"
 
 _GLANCE_S = 0.2
 _START_S = 60.0
 _GRACE_S = 2.0  # nothing is lost when Flower is killed: what counts is in the store
+_STUBBORN_S = 30.0
 
 app = ServerApp()  # a plain assignment: Flower looks for it in the source before it imports
 
@@ -88,7 +88,7 @@ def run_through_flower(
             for record in store.refresh():
                 told(record)
             if not running and len(store.records) < run.plan.privacy.rounds:
-                raise RunError(f"Flower stopped the run: {flower.reason()} All it said is in {log}.")
+                raise RunError(f"Flower ended the run too early: {flower.reason()}. All it said is in {log}.")
     return status_of(store.records)
 
 
@@ -257,10 +257,10 @@ class _Flower:
     def running(self) -> bool:
         """Return whether the run may still go on."""
         assert self._watch is not None
-        if time.monotonic() > self._met + 1:
-            self._meet_family(self._superlink.pid)
         if (self._folder / "errand" / "failure").exists() or self._superlink.poll() is not None:
             return False
+        if time.monotonic() > self._met + 1:
+            self._meet_family(psutil.Process(self._superlink.pid))
         if self._watch.poll() is None:
             return True
         state = self._state()
@@ -273,38 +273,48 @@ class _Flower:
         """Return why the run stopped before its end."""
         failure = self._folder / "errand" / "failure"
         if failure.exists():
-            return failure.read_text()
+            return failure.read_text().rstrip(".")
         if self._superlink.poll() is not None:
-            return "its SuperLink ended."
-        return self._state().get("status-details") or "it gave no reason."
+            return "its SuperLink ended"
+        return self._state().get("status-details", "").rstrip(".") or "it gave no reason"
 
     def stop(self) -> None:
-        """Return once nothing that was started is left; what does not go when asked is killed."""
+        """Return once nothing that was started is left; what does not end when asked is killed."""
         assert self._superlink.stdin is not None
-        self._meet_family(self._superlink.pid)
+        self._meet_family(*self._family)
         self._superlink.stdin.close()
         began = time.monotonic()
         while alive := [relative for relative in self._family if _alive(relative)]:
-            for relative in alive:
-                self._meet_family(relative.pid)
-                if time.monotonic() > began + _GRACE_S:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        relative.kill()
+            self._meet_family(*alive)
+            waited_s = time.monotonic() - began
+            if waited_s > _STUBBORN_S:
+                raise RunError(
+                    f"These processes cannot be ended: {', '.join(str(relative.pid) for relative in alive)}."
+                )
+            for relative in alive if waited_s > _GRACE_S else ():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    relative.kill()
             time.sleep(0.05)
         for process in self._own:
             process.wait()
 
-    def _meet_family(self, pid: int) -> None:
-        """Remember all processes below `pid`: one whose parent ends is nobody's child and not to be found later."""
+    def _meet_family(self, *elders: psutil.Process) -> None:
+        """Remember all processes below `elders`: one whose parent ends is nobody's child and not to be found later."""
         self._met = time.monotonic()
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self._family.update(psutil.Process(pid).children(recursive=True))
+        for elder in elders:
+            with contextlib.suppress(psutil.NoSuchProcess):  # raised too if the number is another process's by now
+                self._family.update(elder.children(recursive=True))
 
     def _await_health(self) -> None:
         deadline = time.monotonic() + _START_S
         while self._superlink.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health"):
-                return
+            with (
+                contextlib.suppress(OSError, http.client.HTTPException),
+                contextlib.closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=_START_S)) as connection,
+            ):
+                connection.request("GET", "/health")
+                if connection.getresponse().status == http.client.OK:
+                    return
             time.sleep(_GLANCE_S)
         raise RunError(f"Flower's SuperLink did not start within {_START_S:g} s. All it said is in {self._log.name}.")
 
@@ -324,7 +334,7 @@ class _Flower:
         self, *arguments: str, stdin: int = subprocess.DEVNULL, stdout: int | None = None
     ) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(  # noqa: S603  these are our own words
-            [sys.executable, *arguments],
+            [sys.executable, "-P", *arguments],
             cwd=self._folder,
             env=self._environment,
             stdin=stdin,
@@ -338,16 +348,17 @@ class _Flower:
 
 
 def _alive(process: psutil.Process) -> bool:
-    """Return whether a process still runs; one that ended and waits to be buried does not."""
+    """Return whether a process still runs; neither one that waits to be buried nor another of the same number does."""
     try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Return our environment without other Flowers' and Rays' settings, and with our own."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FLWR_", "RAY_"))}
+    """Return our environment with settings for this Flower and this Ray only, and no way out to other machines."""
+    foreign = re.compile(r"FLWR_.*|RAY_.*|(?i:(https?|all)_proxy)")
+    inherited = {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
     programs = os.path.dirname(sys.executable)
     return inherited | {
         "PATH": os.pathsep.join([programs, os.environ.get("PATH", os.defpath)]),
@@ -359,6 +370,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on every system: bind to the loopback address only
         "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",  # the log is whole even if its writers are killed
     }
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from confide.common.errors import MessageError
 from confide.common.messages import Contribution, Envelope, Failure, Offer, expect, open_envelope, seal
@@ -21,6 +20,7 @@ class InsecurePlainSum:
     """Both ends of a sum without masks: the site sends its ring vector as it is, the server adds."""
 
     name = "insecure_plain_sum"
+    retries = False  # what was sent in the clear need not be sent again
 
     def protect(self, vector: RingVector, offer: Offer) -> Contribution:
         """Return the vector, unprotected."""
@@ -86,13 +86,16 @@ class InsecureSeededNoise:
     name = "insecure_seeded_noise"
 
     def __init__(self, seed: int, site: str, number: int) -> None:
+        import torch  # here, because the server's process sums without ever drawing
+
         digest = hashlib.sha256(f"confide-simulation/1|{seed}|{site}|{number}".encode()).digest()
+        self._torch = torch
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def uniforms(self, count: int) -> npt.NDArray[np.float64]:
         """Return independent uniforms in [0, 1), (count,)."""
-        return torch.rand(count, dtype=torch.float64, generator=self._generator).numpy()
+        return self._torch.rand(count, dtype=self._torch.float64, generator=self._generator).numpy()
 
     def gaussian(self, count: int) -> npt.NDArray[np.float64]:
         """Return independent standard normals, (count,)."""
-        return torch.randn(count, dtype=torch.float64, generator=self._generator).numpy()
+        return self._torch.randn(count, dtype=self._torch.float64, generator=self._generator).numpy()

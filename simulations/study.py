@@ -8,12 +8,11 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
 from confide.client.data import Tokenizer, load_tokenizer, read_examples
-from confide.client.trainer import Mechanism, PersonGradients, train
+from confide.client.trainer import Mechanism, PrivateTrainer
 from confide.common.accounting import cost, noise_multiplier, planned_cost
 from confide.common.adapter import Floats
 from confide.common.errors import RunError, UsageError
@@ -277,12 +276,11 @@ class Study:
         rounds = self.plan.privacy.rounds
         self._watch.phase(f"For comparison: {name.replace('/', ' ').replace('_', ' ')}", rounds)
         adapter = self.model.start
-        with closing(PersonGradients(self.model, examples, self.cache, self.plan.compute.micro_batch)) as gradients:
-            for number in range(1, rounds + 1):
-                randomness = InsecureSeededNoise(self.setting.seed, name, number)
-                delta, _ = train(gradients, adapter, mechanism, self.plan.training, randomness)
-                adapter = adapter + delta.values
-                self._watch.advance()
+        trainer = PrivateTrainer(self.model, examples, self.cache)
+        for number in range(1, rounds + 1):
+            randomness = InsecureSeededNoise(self.setting.seed, name, number)
+            adapter = adapter + trainer.train(adapter, mechanism, randomness).values
+            self._watch.advance()
         return adapter
 
     def _head_only(self) -> float:

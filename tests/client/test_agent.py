@@ -8,6 +8,7 @@ import pytest
 
 from confide.client.agent import Agent
 from confide.client.spends import SpendLog
+from confide.client.trainer import PrivateTrainer
 from confide.common.errors import DataError
 from confide.common.messages import Contribution, Envelope, Failure, Message, Offer, open_envelope, seal
 from confide.common.model import AdaptedModel, attach
@@ -32,16 +33,27 @@ def agent(model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples, tm
     return make_agent(model, ring, make_examples, tmp_path / "spends.jsonl")
 
 
-def make_agent(model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples, path: Path) -> Agent:
+class Retrying(InsecurePlainSum):
+    """A sum that may be tried again."""
+
+    retries = True
+
+
+def make_agent(
+    model: AdaptedModel,
+    ring: RingLayout,
+    make_examples: MakeExamples,
+    path: Path,
+    protection: InsecurePlainSum | None = None,
+) -> Agent:
     return Agent(
         site="north",
         plan=model.plan,
-        model=model,
-        examples=make_examples(30, seed=1),
+        trainer=PrivateTrainer(model, make_examples(30, seed=1)),
         declared_persons=30,
         ring=ring,
         randomness=lambda number: InsecureSeededNoise(5, "north", number),
-        protection=InsecurePlainSum(),
+        protection=protection or InsecurePlainSum(),
         spends=SpendLog(path),
     )
 
@@ -62,9 +74,13 @@ def asked(agent: Agent, message: Message) -> Message:
     return open_envelope(agent.answer(seal(message)))
 
 
-def test_a_round_is_trained_once_and_every_attempt_sends_the_same_vector(agent: Agent, model: AdaptedModel) -> None:
+def test_a_round_is_trained_once_and_every_attempt_sends_the_same_vector(
+    model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = make_agent(model, ring, make_examples, tmp_path / "spends.jsonl", Retrying())
     first = asked(agent, offer(model))
     spent = agent.spends.spends
+    monkeypatch.setattr(PrivateTrainer, "train", None)  # training again would fail
 
     again = asked(agent, dataclasses.replace(offer(model), attempt=2))
 
@@ -85,7 +101,7 @@ def test_the_spend_is_on_disk_before_the_first_private_gradient(
         seen.append(len(SpendLog(tmp_path / "spends.jsonl").spends))
         raise DataError("stopped before any gradient")
 
-    monkeypatch.setattr("confide.client.agent.PersonGradients", look)
+    monkeypatch.setattr(PrivateTrainer, "train", look)
     answer = asked(agent, offer(model))
 
     assert seen == [1]
@@ -158,8 +174,7 @@ def test_a_site_below_the_plans_least_persons_does_not_take_part(
         Agent(
             site="small",
             plan=model.plan,
-            model=model,
-            examples=make_examples(9, seed=0),
+            trainer=PrivateTrainer(model, make_examples(9, seed=0)),
             declared_persons=9,
             ring=ring,
             randomness=lambda number: InsecureSeededNoise(0, "small", number),

@@ -141,5 +141,5 @@ def test_a_damaged_record_is_refused_whole(tmp_path: Path, case: int) -> None:
     with path.open("ab") as stream:
         stream.write(lines()[case])
 
-    with pytest.raises(PrivacyError, match="Line [23] of the spend record .* is damaged. Restore the file"):
+    with pytest.raises(PrivacyError, match=r"Line [23] of the spend record .* is damaged. Restore the file"):
         SpendLog(path)

@@ -4,11 +4,20 @@ import dataclasses
 import itertools
 import math
 import warnings
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies
 
-from confide.common.accounting import RDP_ORDERS, Spend, cost, noise_multiplier, planned_cost, rdp_check
+from confide.common.accounting import (
+    RDP_ORDERS,
+    Spend,
+    _smallest,
+    cost,
+    noise_multiplier,
+    planned_cost,
+    rdp_check,
+)
 from confide.common.errors import PrivacyError
 from confide.common.plan import Privacy
 
@@ -28,6 +37,11 @@ GRID = [(0.01, 0.6, 500), (0.05, 1.0, 200), (0.1, 2.0, 1000), (0.3, 4.0, 100), (
 
 def spend(rate: float, noise: float, steps: int) -> Spend:
     return dataclasses.replace(SPEND, sampling_rate=rate, noise_multiplier=noise, steps=steps)
+
+
+def altered(key: str, value: object) -> Spend:
+    changes: dict[str, Any] = {key: value}
+    return dataclasses.replace(SPEND, **changes)
 
 
 def event_rdp(rate: float, noise: float, steps: int, delta: float, orders: tuple[int, ...]) -> float:
@@ -129,6 +143,16 @@ def test_the_noise_multiplier_is_the_smallest_to_four_decimals(
     assert cost([spend(rate, round(noise - 1e-4, 4), steps)], delta).epsilon > epsilon
 
 
+@given(strategies.integers(1000, 10**8), strategies.floats(0.2, 3), strategies.integers(0, 10**6))
+def test_the_search_for_noise_finds_the_smallest_unit_that_fits(root: int, power: float, above: int) -> None:
+    def epsilon(units: int) -> float:
+        return math.inf if units < root / 2 else (root / units) ** power
+
+    found = _smallest(epsilon, 1.0, root + above)
+
+    assert found == root
+
+
 def test_the_noise_multiplier_of_the_starter_is_pinned() -> None:
     assert noise_multiplier(PRIVACY) == 0.7688
 
@@ -142,7 +166,7 @@ def test_the_noise_multiplier_never_falls_below_a_tenth() -> None:
 def test_an_epsilon_no_noise_reaches_is_refused() -> None:
     strict = dataclasses.replace(PRIVACY, epsilon=1e-6, delta=1e-12)
 
-    with pytest.raises(PrivacyError, match="cannot be reached in 40 steps at sampling rate 0.1. Raise epsilon"):
+    with pytest.raises(PrivacyError, match=r"cannot be reached in 40 steps at sampling rate 0.1. Raise epsilon"):
         noise_multiplier(strict)
 
 
@@ -229,7 +253,7 @@ def test_a_delta_of_a_half_and_a_huge_noise_cost_next_to_nothing() -> None:
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, 2.0, math.nan, math.inf])
 def test_a_delta_that_is_no_probability_is_refused(delta: float) -> None:
-    with pytest.raises(PrivacyError, match="delta = .* is outside its range"):
+    with pytest.raises(PrivacyError, match=r"delta = .* is outside its range"):
         cost([SPEND], delta)
 
 
@@ -237,10 +261,10 @@ def test_a_delta_that_is_no_probability_is_refused(delta: float) -> None:
 @pytest.mark.parametrize("key", ["sampling_rate", "noise_multiplier", "clip_norm", "divisor"])
 def test_a_spend_that_is_no_training_is_refused(key: str, bad: float) -> None:
     with pytest.raises(PrivacyError, match="No training costs what this says"):
-        dataclasses.replace(SPEND, **{key: bad})
+        altered(key, bad)
 
 
 @pytest.mark.parametrize(("key", "bad"), [("sampling_rate", 1.0000001), ("steps", 0), ("steps", -1), ("round", 0)])
 def test_a_spend_beyond_its_limits_is_refused(key: str, bad: float) -> None:
     with pytest.raises(PrivacyError, match="No training costs what this says"):
-        dataclasses.replace(SPEND, **{key: bad})
+        altered(key, bad)

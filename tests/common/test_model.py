@@ -13,7 +13,7 @@ import transformers
 from confide.common.adapter import frozen_factor
 from confide.common.base import base_digest
 from confide.common.errors import AdapterError, ModelError
-from confide.common.model import AdaptedModel, PrefixCache, attach, merge
+from confide.common.model import AdaptedModel, PrefixCache, attach, load_base, merge
 from confide.common.plan import Plan
 from tests.conftest import MakeExamples, save_tokenizer
 
@@ -46,6 +46,34 @@ def small(family: str, directory: Path, plan: Plan) -> Plan:
         model=dataclasses.replace(plan.model, base=family, base_digest=base_digest(directory)),
         adapter=dataclasses.replace(plan.adapter, targets=targets, top_layers=1),
     )
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "llama"])
+def test_a_mean_pooled_export_loads_with_plain_peft_over_load_base(
+    family: str, tmp_path: Path, plan: Plan, make_examples: MakeExamples
+) -> None:
+    fitted = small(family, tmp_path / "base", plan)
+    fitted = dataclasses.replace(fitted, model=dataclasses.replace(fitted.model, pooling="mean"))
+    model = attach(tmp_path / "base", fitted)
+    vector, examples = somewhere(model), make_examples(5, seed=1)
+    model.write(vector)
+    cache = PrefixCache(model)
+    list(cache.add(examples))
+    expected = model.probabilities(examples)
+
+    model.export(vector, tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(load_base(tmp_path / "base", fitted), tmp_path / "adapter").eval()
+
+    np.testing.assert_allclose(model.probabilities(examples, cache), expected, atol=2e-6)
+    for row in range(5):
+        batch = examples.batch(np.array([row]))
+        with torch.no_grad():
+            logits = loaded(
+                input_ids=torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(batch.attention_mask)
+            ).logits
+        np.testing.assert_allclose(logits.softmax(-1)[0].numpy(), expected[row], atol=1e-6)
+    with pytest.raises(ModelError, match="no class in transformers"):
+        merge(model, vector, tmp_path / "base", tmp_path / "merged")
 
 
 def somewhere(model: AdaptedModel) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

@@ -1,0 +1,158 @@
+"""`confide adapter …`: show, evaluate, use, merge and export a trained adapter. For anyone who has the base model."""
+
+import csv
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from confide.common.errors import AdapterError, UsageError
+from confide.common.plan import Plan, load_plan
+
+app = typer.Typer(rich_markup_mode=None)
+
+AdapterDir = Annotated[Path, typer.Argument(help="An adapter's directory.", metavar="ADAPTER")]
+ModelDir = Annotated[Path, typer.Option("--model", help="The base model's local directory.", metavar="DIR")]
+DataFile = Annotated[Path, typer.Option("--data", help="A table in the plan's form.", metavar="FILE")]
+OutDir = Annotated[Path, typer.Option("--out", help="A directory that does not exist yet.", metavar="DIR")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+@app.command(epilog="Example: confide adapter show runs/demo/adapter")
+def show(adapter: AdapterDir, as_json: AsJson = False) -> None:
+    """Show where an adapter came from and what it claims."""
+    manifest = _manifest(adapter)
+    if as_json:
+        typer.echo(json.dumps(manifest))
+        return
+    typer.echo(f"{manifest['plan']['name']}: {manifest['status']}, {len(manifest['lineage'])} rounds")
+    typer.echo(f"  adapter  {manifest['adapter']}\n  plan     {manifest['plan']['digest']}")
+    typer.echo(f"  base     {manifest['base']['name']} {manifest['base']['digest']}")
+    for site, claim in manifest["claims"].items():
+        typer.echo(f"  {site}: epsilon {claim['epsilon']:.3f} at delta {claim['delta']:g}, noise {claim['noise']}")
+    for name, value in manifest["scores"].items():
+        typer.echo(f"  {name} {value:.4f}")
+    for word in manifest["weakened_by"]:
+        typer.echo(f"  weakened by {word}")
+
+
+@app.command(epilog="Example: confide adapter evaluate runs/demo/adapter --model ./MiniLM --data held-out.csv")
+def evaluate(adapter: AdapterDir, model: ModelDir, data: DataFile, as_json: AsJson = False) -> None:
+    """Score an adapter on a table of your own."""
+    _quiet()
+    from confide.client.data import load_tokenizer, read_examples
+    from confide.common.model import attach
+    from confide.common.score import scores
+
+    plan = _plan(adapter)
+    adapted = attach(model, plan)
+    adapted.write(adapted.import_exported(adapter))
+    reading = read_examples(data, plan, load_tokenizer(model))
+    found = scores(adapted.probabilities(reading.examples), reading.examples.labels)
+    if as_json:
+        typer.echo(json.dumps({"status": "ok", "rows": reading.kept, "skipped": dict(reading.skipped), **found}))
+        return
+    for name, value in found.items():
+        typer.echo(f"{name} {value:.4f}")
+    skipped = "".join(f", {count} skipped ({reason})" for reason, count in reading.skipped.items())
+    typer.echo(f"{reading.kept} rows{skipped}")
+
+
+@app.command(
+    epilog="Example: confide adapter predict runs/demo/adapter --model ./MiniLM --data new.csv --out answers.csv"
+)
+def predict(
+    adapter: AdapterDir,
+    model: ModelDir,
+    data: DataFile,
+    out: Annotated[Path | None, typer.Option(help="A CSV file to write; standard output if absent.")] = None,
+) -> None:
+    """Say each row's label and the probability of every label, as CSV, in the order of the rows."""
+    _quiet()
+    from confide.client.data import load_tokenizer, read_texts
+    from confide.common.model import attach
+
+    if out is not None and out.exists():
+        raise UsageError(f"{out} exists and is left as it is. Give another --out.")
+    plan = _plan(adapter)
+    adapted = attach(model, plan)
+    adapted.write(adapted.import_exported(adapter))
+    chances = adapted.probabilities(read_texts(data, plan, load_tokenizer(model)))
+    labels = plan.task.labels
+    rows = [[labels[line.argmax()], *(f"{chance:.6f}" for chance in line)] for line in chances]
+    header = ["label", *(f"probability {label}" for label in labels)]
+    if out is None:
+        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
+        return
+    with out.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([header, *rows])
+    typer.echo(f"Wrote {len(rows)} predictions to {out}.")
+
+
+@app.command(epilog="Example: confide adapter merge runs/demo/adapter --model ./MiniLM --out ./merged")
+def merge(adapter: AdapterDir, model: ModelDir, out: OutDir) -> None:
+    """Fold an adapter into the base model's weights; transformers then loads the result without peft."""
+    _quiet()
+    from confide.common.model import attach
+    from confide.common.model import merge as merge_into
+
+    _fresh(out)
+    plan = _plan(adapter)
+    adapted = attach(model, plan)
+    merge_into(adapted, adapted.import_exported(adapter), model, out)
+    typer.echo(f"Wrote full weights to {out}.")
+
+
+@app.command(
+    epilog="Example: confide adapter export runs/demo/adapters/3f…e1.safetensors --plan plan.toml --model ./MiniLM --out ./v3"
+)
+def export(
+    version: Annotated[Path, typer.Argument(help="A stored version of an adapter.", metavar="FILE")],
+    plan: Annotated[Path, typer.Option(help="The plan it was trained with.", metavar="FILE")],
+    model: ModelDir,
+    out: OutDir,
+) -> None:
+    """Write any stored version of an adapter, such as that after round 3, as a standard PEFT directory."""
+    _quiet()
+    from confide.common.adapter import load_vector
+    from confide.common.model import attach
+
+    _fresh(out)
+    adapted = attach(model, load_plan(plan))
+    adapted.export(load_vector(version, adapted.layout), out)
+    (out / "plan.toml").write_bytes(plan.read_bytes())
+    typer.echo(f"Wrote a PEFT adapter to {out}.")
+
+
+def _plan(adapter: Path) -> Plan:
+    if not (adapter / "plan.toml").is_file():
+        raise AdapterError(f"{adapter} holds no plan.toml, so it is not an adapter's directory that Confide wrote.")
+    return load_plan(adapter / "plan.toml")
+
+
+def _manifest(adapter: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((adapter / "manifest.json").read_bytes())
+        if manifest["format"] != "confide-manifest/1":
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise AdapterError(
+            f"{adapter} holds no readable manifest.json. Give the adapter/ directory of a run; a version written by "
+            "`confide adapter export` has no manifest of its own."
+        ) from None
+    return dict(manifest)
+
+
+def _fresh(out: Path) -> None:
+    if out.exists():
+        raise UsageError(f"{out} exists and is left as it is. Give another --out.")
+
+
+def _quiet() -> None:
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|opacus|confide)\..*")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")

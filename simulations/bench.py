@@ -1,0 +1,193 @@
+"""The frame of all benchmarks: named figures, each a median over runs, a ratio where there is a peer.
+
+`federation` measures everything about a round but training: training is replaced by a constant update, while agents,
+messages, ring, sum, server step and store are the real ones.
+"""
+
+import dataclasses
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from confide.client.agent import Agent
+from confide.client.spends import SpendLog
+from confide.client.trainer import Delta, Mechanism, Randomness
+from confide.common.adapter import Floats, Layout
+from confide.common.errors import RunError, UsageError
+from confide.common.plan import Plan, load_plan
+from confide.common.ring import RingLayout
+from confide.server.aggregate import ServerState
+from confide.server.rounds import Run
+from confide.server.store import RoundRecord, Store
+from confide.simulations.federation import run_in_process
+from confide.simulations.insecure import InsecurePlainSum, InsecureSeededNoise
+from confide.simulations.scenarios import demo_model, scenario
+
+FORMAT = "confide-bench/1"
+PARAMETERS = 300_000
+SITES = 10
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One measured number.
+
+    Attributes:
+        value: The median.
+        unit: `s`, `x` for a ratio, and so on.
+        peer: What it is compared with; empty for a figure of our own.
+        runs: How many runs the median is over.
+        spread: The lowest and the highest of them.
+    """
+
+    value: float
+    unit: str
+    peer: str
+    runs: int
+    spread: tuple[float, float]
+
+    @classmethod
+    def of(cls, values: Sequence[float], unit: str, peer: str = "") -> "Figure":
+        """Return the figure of these runs."""
+        return cls(
+            value=statistics.median(values), unit=unit, peer=peer, runs=len(values), spread=(min(values), max(values))
+        )
+
+
+Note = Callable[[str], None]
+
+
+def bench(name: str, note: Note) -> dict[str, Any]:
+    """Run the benchmark of that name and return what `--json` prints.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    if name not in BENCHES:
+        raise UsageError(f"There is no benchmark {name!r}. Known are {', '.join(BENCHES)}.")
+    began = time.monotonic()
+    figures = dict(BENCHES[name](note))
+    return {
+        "format": FORMAT,
+        "status": "completed",
+        "bench": name,
+        "seconds": round(time.monotonic() - began, 1),
+        "figures": {key: dataclasses.asdict(figure) for key, figure in figures.items()},
+    }
+
+
+def federation(note: Note) -> Iterator[tuple[str, Figure]]:
+    """Yield what a round costs beside training, how memory grows with sites, and both against usual Flower."""
+    from confide.simulations.flower_peer import reload_rounds
+
+    model = demo_model()
+    note(f"{SITES} sites, {PARAMETERS} parameters, constant updates, in process")
+    ours = constant_rounds(SITES, PARAMETERS, rounds=30)
+    yield "round_overhead_s", Figure.of(ours, "s")
+    note("Peak memory with 50 and with 5 sites, base model loaded, one process each")
+    pairs = [(_peak_mb(50), _peak_mb(5)) for _ in range(3)]
+    yield "peak_memory_sites_50_over_5", Figure.of([many / few for many, few in pairs], "x", "5 sites")
+    note("The same rounds with a Flower client that loads its base model for each message")
+    theirs, again = [], []
+    for _ in range(2):
+        theirs += reload_rounds(model, SITES, PARAMETERS, rounds=3)
+        again += constant_rounds(SITES, PARAMETERS, rounds=15)
+    reference = statistics.median(again)
+    yield (
+        "overhead_vs_flower_reload",
+        Figure.of([t / reference for t in theirs], "x", "Flower under Ray, base reloaded"),
+    )
+    yield "flower_reload_round_s", Figure.of(theirs, "s")
+
+
+BENCHES: dict[str, Callable[[Note], Iterator[tuple[str, Figure]]]] = {"federation": federation}
+
+
+class ConstantTrainer:
+    """Stands in for training: every round moves every parameter by the same."""
+
+    person_count = 10_000_000
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout_digest = layout.digest
+        self._length = layout.length
+
+    def train(self, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:
+        """Return the constant update."""
+        return Delta(values=np.full(self._length, 1e-4, np.float32))
+
+
+def constant_rounds(sites: int, parameters: int, rounds: int) -> list[float]:
+    """Return the seconds of each round, the first left out."""
+    layout = Layout.of({"constant": (parameters,)})
+    plan = _bench_plan(rounds + 1)
+    ring = RingLayout(length=parameters, update_bound=1.0, max_sites=plan.federation.max_sites)
+    names = tuple(f"site-{number:03}" for number in range(sites))
+    run = Run(name="bench", plan=plan, layout=layout, ring=ring, sites=names, summation=InsecurePlainSum())
+    with tempfile.TemporaryDirectory() as folder:
+        agents = {name: _constant_agent(name, plan, layout, ring, Path(folder)) for name in names}
+        records: list[RoundRecord] = []
+        ticks: list[float] = []
+
+        def told(record: RoundRecord) -> None:
+            records.append(record)
+            ticks.append(time.perf_counter())
+
+        start = ServerState.begin(np.zeros(parameters, np.float32), plan.federation)
+        run_in_process(run, agents, Store(Path(folder)), start, told)
+    if any(record.missing for record in records):
+        raise RunError(f"In the benchmark a site did not take part: {records[0].missing}.")
+    return [after - before for before, after in itertools.pairwise(ticks)]
+
+
+def _constant_agent(site: str, plan: Plan, layout: Layout, ring: RingLayout, folder: Path) -> Agent:
+    return Agent(
+        site=site,
+        plan=plan,
+        trainer=ConstantTrainer(layout),
+        declared_persons=ConstantTrainer.person_count,
+        ring=ring,
+        randomness=lambda number: InsecureSeededNoise(0, site, number),
+        protection=InsecurePlainSum(),
+        spends=SpendLog(folder / "sites" / f"{site}.jsonl"),
+    )
+
+
+def _bench_plan(rounds: int) -> Plan:
+    plan = load_plan(scenario("messages").plan)
+    return dataclasses.replace(
+        plan,
+        privacy=dataclasses.replace(plan.privacy, rounds=rounds, steps_per_round=1),
+        federation=dataclasses.replace(plan.federation, max_sites=64),
+    )
+
+
+_MEMORY = """
+import json, resource, sys
+from confide.common.model import attach
+from confide.common.plan import load_plan
+from confide.simulations.bench import constant_rounds, PARAMETERS
+from confide.simulations.scenarios import demo_model, scenario
+model = attach(demo_model(), load_plan(scenario("messages").plan))
+constant_rounds(int(sys.argv[1]), PARAMETERS, rounds=3)
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+"""
+
+
+def _peak_mb(sites: int) -> float:
+    """Return the peak resident memory, in MiB, of a process that runs so many sites with the base model loaded."""
+    done = subprocess.run(  # noqa: S603  these are our own words
+        [sys.executable, "-W", "ignore", "-c", _MEMORY, str(sites)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise RunError(f"The process that measures memory ended with {done.returncode}: {done.stderr[-500:]}")
+    return float(json.loads(done.stdout.splitlines()[-1]))

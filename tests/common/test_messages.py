@@ -1,0 +1,322 @@
+"""Messages and the canonical bytes that stand for them."""
+
+import dataclasses
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies
+from hypothesis.extra import numpy as arrays
+
+from confide.client.trainer import Delta
+from confide.common.canonical import canonical_bytes
+from confide.common.errors import ConfideError, DataError, MessageError, Refused
+from confide.common.messages import (
+    LARGEST_BODY_BYTES,
+    Contribution,
+    Envelope,
+    Failure,
+    Message,
+    Offer,
+    expect,
+    open_envelope,
+    seal,
+    vector_digest,
+)
+
+OFFER = Offer(
+    run="demo",
+    plan="sha256:1",
+    round=1,
+    attempt=1,
+    sites=3,
+    layout="sha256:2",
+    adapter=np.array([0.0, -0.0, 1.5], np.float32),
+)
+CONTRIBUTION = Contribution(
+    run="demo",
+    round=1,
+    attempt=1,
+    ring="sha256:3",
+    protection="insecure_plain_sum",
+    words=np.array([0, 1, 2**32 - 1], np.uint32),
+)
+FAILURE = Failure(error="Refused", sentence="The site refused.")
+
+TEXTS = strategies.text(
+    strategies.characters(exclude_categories=["C", "Z"], include_characters=" "), max_size=200
+).filter(str.isprintable)
+WHOLE = strategies.integers(0, 2**53 - 1)
+LENGTHS = strategies.integers(1, 20)
+MESSAGES = strategies.one_of(
+    strategies.builds(
+        Offer,
+        run=TEXTS,
+        plan=TEXTS,
+        round=WHOLE,
+        attempt=WHOLE,
+        sites=WHOLE,
+        layout=TEXTS,
+        adapter=arrays.arrays(
+            np.float32, LENGTHS, elements=strategies.floats(width=32, allow_nan=False, allow_infinity=False)
+        ),
+    ),
+    strategies.builds(
+        Contribution,
+        run=TEXTS,
+        round=WHOLE,
+        attempt=WHOLE,
+        ring=TEXTS,
+        protection=TEXTS,
+        words=arrays.arrays(np.uint32, LENGTHS),
+    ),
+    strategies.builds(Failure, error=TEXTS, sentence=TEXTS),
+)
+
+
+def same(one: Message, other: Message) -> bool:
+    def bits(value: object) -> object:
+        return (value.dtype, value.tobytes()) if isinstance(value, np.ndarray) else value
+
+    names = [field.name for field in dataclasses.fields(one)]
+    return type(one) is type(other) and all(bits(getattr(one, name)) == bits(getattr(other, name)) for name in names)
+
+
+@given(MESSAGES)
+def test_every_message_opens_to_what_was_sealed(message: Message) -> None:
+    opened = open_envelope(seal(message))
+
+    assert same(opened, message)
+
+
+@given(MESSAGES)
+def test_equal_messages_have_equal_bytes(message: Message) -> None:
+    envelope = seal(message)
+
+    again = seal(open_envelope(envelope))
+
+    assert again.body == envelope.body
+    assert again.size_bytes == envelope.size_bytes
+
+
+def test_a_body_is_the_documented_json() -> None:
+    assert seal(FAILURE).body == (
+        b'{"error":"Refused","format":"confide-message/1","kind":"failure","sentence":"The site refused."}'
+    )
+    assert seal(CONTRIBUTION).body == (
+        b'{"attempt":1,"format":"confide-message/1","kind":"contribution","protection":"insecure_plain_sum",'
+        b'"ring":"sha256:3","round":1,"run":"demo"}'
+    )
+
+
+def test_the_size_counts_body_and_vector() -> None:
+    envelope = seal(OFFER)
+
+    assert envelope.size_bytes == len(envelope.body) + 3 * 4
+    assert seal(FAILURE).size_bytes == len(seal(FAILURE).body)
+
+
+def test_the_digest_of_a_vector_is_over_its_little_endian_bytes() -> None:
+    vector = np.array([1.0, -2.0], np.float32)
+
+    assert vector_digest(vector) == "sha256:" + hashlib.sha256(b"\0\0\x80\x3f\0\0\0\xc0").hexdigest()
+    assert vector_digest(vector.astype(">f4")) == vector_digest(vector)
+    assert OFFER.adapter_digest == vector_digest(OFFER.adapter)
+
+
+def changed(message: Message, **fields: object) -> bytes:
+    """Return the canonical body of `message` with fields changed, or left out where they are None."""
+    whole = {**json.loads(seal(message).body), **fields}
+    return canonical_bytes({name: value for name, value in whole.items() if value is not None})
+
+
+MALFORMED_BODIES = {
+    "empty": b"",
+    "no JSON": b"offer",
+    "no text": b"\xff\xfe",
+    "cut short": seal(FAILURE).body[:-1],
+    "two values": seal(FAILURE).body * 2,
+    "a list": b"[]",
+    "a text": b'"failure"',
+    "a number": b"1",
+    "null": b"null",
+    "no fields": b"{}",
+    "white space": seal(FAILURE).body.replace(b",", b", "),
+    "a line break after": seal(FAILURE).body + b"\n",
+    "a byte order mark": b"\xef\xbb\xbf" + seal(FAILURE).body,
+    "UTF-16": seal(FAILURE).body.decode().encode("utf-16"),
+    "another order": b'{"format":"confide-message/1","error":"","kind":"failure","sentence":""}',
+    "a key twice": seal(FAILURE).body.replace(b'{"error":"Refused"', b'{"error":"Refused","error":"Refused"'),
+    "another key twice": seal(FAILURE).body.replace(b'{"error":"Refused"', b'{"error":"Other","error":"Refused"'),
+    "another spelling of a letter": seal(FAILURE).body.replace(b"Refused", b"Re\\u0066used"),
+    "unescaped letters": changed(FAILURE, error="é").replace(b"\\u00e9", "é".encode()),
+    "not a number": seal(CONTRIBUTION).body.replace(b'"round":1', b'"round":NaN'),
+    "infinity": seal(CONTRIBUTION).body.replace(b'"round":1', b'"round":Infinity'),
+    "a number of 5000 digits": seal(CONTRIBUTION).body.replace(b'"round":1', b'"round":' + b"1" * 5000),
+    "nested deeply": b"[" * 100_000,
+    "nested deeply in a field": changed(FAILURE, error="?").replace(b'"?"', b"[" * 50_000 + b"]" * 50_000),
+    "nested deeply as the kind": changed(FAILURE, kind="?").replace(b'"?"', b"[" * 50_000 + b"]" * 50_000),
+    "too large": changed(FAILURE, sentence="a" * LARGEST_BODY_BYTES),
+    "no format": changed(FAILURE, format=None),
+    "another format": changed(FAILURE, format="confide-message/2"),
+    "format a list": changed(FAILURE, format=["confide-message/1"]),
+    "no kind": changed(FAILURE, kind=None),
+    "an unknown kind": changed(FAILURE, kind="delta"),
+    "a class for a kind": changed(FAILURE, kind="Failure"),
+    "kind a list": changed(FAILURE, kind=["failure"]),
+    "a field missing": changed(FAILURE, sentence=None),
+    "a field too many": changed(FAILURE, path="/data"),
+    "a number for a text": changed(FAILURE, error=1),
+    "a bool for a text": changed(FAILURE, error=True),
+    "a list for a text": changed(FAILURE, error=["Refused"]),
+    "a text too long": changed(FAILURE, sentence="a" * 201),
+    "a text with a terminal's escape": changed(FAILURE, sentence="\x1b[2J"),
+    "a text with a line break": changed(FAILURE, sentence="a\nb"),
+    "a text with an unpaired surrogate": changed(FAILURE, sentence="\ud800"),
+    "a text with a right-to-left override": changed(FAILURE, sentence="\u202egnp"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED_BODIES)
+@pytest.mark.parametrize("vector", [None, np.zeros(3, np.uint32)], ids=["bare", "with a vector"])
+def test_a_malformed_body_is_refused(case: str, vector: np.ndarray[tuple[int], np.dtype[np.uint32]] | None) -> None:
+    with pytest.raises(MessageError):
+        open_envelope(Envelope(body=MALFORMED_BODIES[case], vector=vector))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        changed(OFFER, round=True),
+        changed(OFFER, round=1.0),
+        changed(OFFER, round="1"),
+        changed(OFFER, round=-1),
+        changed(OFFER, round=2**53),
+        changed(OFFER, sites=None),
+        changed(OFFER, run=7),
+        changed(OFFER, more=1),
+        changed(OFFER, adapter="zeros"),
+        changed(OFFER, adapter=[0.0, 0.0, 0.0]),
+    ],
+)
+def test_an_offer_with_a_mistyped_field_is_refused(body: bytes) -> None:
+    open_envelope(Envelope(body=changed(OFFER), vector=np.zeros(3, np.uint32)))
+
+    with pytest.raises(MessageError):
+        open_envelope(Envelope(body=body, vector=np.zeros(3, np.uint32)))
+
+
+def test_nesting_of_every_depth_is_refused_as_a_malformed_message() -> None:
+    for depth in range(1, 1200):
+        nested = b"[" * depth + b"]" * depth
+        for body in (changed(FAILURE, error="?"), changed(FAILURE, kind="?")):
+            with pytest.raises(MessageError):
+                open_envelope(Envelope(body=body.replace(b'"?"', nested)))
+
+
+@given(strategies.binary(max_size=200))
+def test_arbitrary_bytes_are_refused(body: bytes) -> None:
+    with pytest.raises(MessageError):
+        open_envelope(Envelope(body=body))
+
+
+@given(MESSAGES, strategies.data())
+def test_a_message_with_one_byte_changed_opens_differently_or_not_at_all(
+    message: Message, data: strategies.DataObject
+) -> None:
+    envelope = seal(message)
+    place = data.draw(strategies.integers(0, len(envelope.body) - 1))
+    byte = data.draw(strategies.integers(0, 255).filter(lambda byte: byte != envelope.body[place]))
+    body = envelope.body[:place] + bytes([byte]) + envelope.body[place + 1 :]
+
+    try:
+        opened = open_envelope(dataclasses.replace(envelope, body=body))
+    except MessageError:
+        return
+
+    assert not same(opened, message)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_adapter_that_is_not_finite_is_refused(value: float) -> None:
+    envelope = seal(dataclasses.replace(OFFER, adapter=np.array([0, value], np.float32)))
+
+    with pytest.raises(MessageError, match="not finite"):
+        open_envelope(envelope)
+
+
+@pytest.mark.parametrize(
+    "vector",
+    [
+        None,
+        np.zeros(0, np.uint32),
+        np.zeros((2, 2), np.uint32),
+        np.zeros(3, np.int32),
+        np.zeros(3, np.float32),
+        np.zeros(3, np.uint64),
+        np.zeros(3, np.object_),
+    ],
+    ids=["none", "empty", "matrix", "signed", "floats", "wide", "objects"],
+)
+@pytest.mark.parametrize("message", [OFFER, CONTRIBUTION], ids=["offer", "contribution"])
+def test_a_message_without_its_vector_of_uint32_is_refused(
+    message: Message, vector: np.ndarray[tuple[int, ...], np.dtype[np.uint32]] | None
+) -> None:
+    with pytest.raises(MessageError, match="without its vector of uint32"):
+        open_envelope(Envelope(body=seal(message).body, vector=vector))
+
+
+def test_a_vector_that_comes_with_a_failure_is_refused() -> None:
+    with pytest.raises(MessageError, match="A vector came with a failure"):
+        open_envelope(Envelope(body=seal(FAILURE).body, vector=np.zeros(3, np.uint32)))
+
+
+def test_a_message_of_another_kind_than_due_is_refused() -> None:
+    expect(OFFER, Offer)
+
+    with pytest.raises(MessageError, match="'offer' arrived where 'contribution' was due"):
+        expect(OFFER, Contribution)
+
+
+SECRET = "patient 4711, /data/rows.csv"
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (DataError(SECRET), "DataError"),
+        (Refused(SECRET), "Refused"),
+        (ConfideError(SECRET), "ConfideError"),
+        (ValueError(SECRET), "ConfideError"),
+        (FileNotFoundError(2, SECRET, SECRET), "ConfideError"),
+        (KeyError(SECRET), "ConfideError"),
+    ],
+)
+def test_a_failure_holds_a_class_and_a_fixed_sentence_and_never_the_text_of_the_error(
+    error: Exception, name: str
+) -> None:
+    failure = Failure.of(error)
+
+    assert failure.error == name
+    assert failure.sentence in {type(error).outside if isinstance(error, ConfideError) else ConfideError.outside}
+    for word in ("4711", "patient", "data/", "rows.csv"):
+        assert word not in repr(failure)
+        assert word.encode() not in seal(failure).body
+
+
+def test_every_error_of_the_tree_can_leave_a_site_as_a_failure() -> None:
+    kinds: list[type[ConfideError]] = [ConfideError, *ConfideError.__subclasses__()]
+    for kind in kinds:
+        failure = Failure(error=kind.__name__, sentence=kind.outside)
+
+        assert same(open_envelope(seal(failure)), failure)
+
+
+def test_a_delta_has_no_encoder_so_it_cannot_be_sealed() -> None:
+    delta = Delta(values=np.zeros(3, np.float32))
+
+    assert not hasattr(delta, "kind")
+    with pytest.raises(AttributeError, match="kind"):
+        seal(delta)  # type: ignore[arg-type]  # that mypy objects is half of the fact

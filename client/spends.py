@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 from confide.common.accounting import Spend
 from confide.common.canonical import canonical_bytes
+from confide.common.disk import append
 from confide.common.errors import PrivacyError
 
 FORMAT = "confide-spend/1"
@@ -52,11 +52,7 @@ class SpendLog:
                 f"Round {spend.round} is already recorded with another cost; it cannot be trained again."
             )
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as stream:
-                stream.write(_line(spend))
-                stream.flush()
-                os.fsync(stream.fileno())
+            append(self._path, _line(spend))
         self._spends[spend.round] = spend
 
 

@@ -19,6 +19,7 @@ from confide.common.settings import Meaning, holds_control, read_section, settin
 
 FORMAT = "confide-plan/1"
 LARGEST_PLAN_BYTES = 1 << 20
+_MOST_DOTS = 100  # in one key; the parser's time grows with their square
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -307,6 +308,8 @@ def read_plan(raw: bytes) -> Plan:
     """
     if len(raw) > LARGEST_PLAN_BYTES:
         raise PlanError(f"The plan has {len(raw)} bytes, and may have at most {LARGEST_PLAN_BYTES}.")
+    if max((line.split(b"=")[0].count(b".") for line in raw.split(b"\n")), default=0) > _MOST_DOTS:
+        raise PlanError("The plan is nested too deeply to be one.")
     try:
         tree = tomllib.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -364,7 +367,7 @@ def _contradictions(plan: Plan) -> Iterator[str]:
     if data.text_pair is not None and data.text_pair == data.text:
         yield f"[data] text_pair names the column {data.text!r}, which is already the text. Remove it."
     if data.template is not None:
-        yield from _template_faults(data.template, data.label)
+        yield from _template_faults(data)
     if data.label in {data.text, data.text_pair}:
         yield f"[data] label and text name the same column {data.label!r}: the model would be shown the answer."
     if data.person_id is not None and data.person_id in {data.label, data.text, data.text_pair}:
@@ -387,16 +390,18 @@ def _contradictions(plan: Plan) -> Iterator[str]:
         yield "[federation] server_momentum has no effect on fedavg. Remove it, or choose fedavgm or fedadam."
 
 
-def _template_faults(template: str, label: str) -> Iterator[str]:
+def _template_faults(data: Data) -> Iterator[str]:
     try:
-        columns = template_columns(template)
+        columns = template_columns(data.template or "")
     except ValueError as error:
         yield f"[data] template is malformed: {error}. Write {{column}} for a column, {{{{ and }}}} for braces."
         return
     if not columns:
         yield "[data] template names no column: every row would have the same text. Write {column} for a column."
-    if label in columns:
-        yield f"[data] template shows the label column {label!r}: the model would be shown the answer."
+    if data.label in columns:
+        yield f"[data] template shows the label column {data.label!r}: the model would be shown the answer."
+    if data.person_id in columns:
+        yield f"[data] template shows the person_id column {data.person_id!r}: the model would learn who is who."
 
 
 @functools.cache

@@ -8,15 +8,14 @@
 Every file is written whole or not at all, the record last.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from confide.common.adapter import Floats, Layout, load_vector, save_vector
 from confide.common.canonical import canonical_bytes
+from confide.common.disk import whole
 from confide.common.errors import AdapterError, RunError
 from confide.common.messages import vector_digest
 from confide.server.aggregate import ServerState
@@ -114,12 +113,12 @@ class Store:
         """Return once the round is on disk, the record last."""
         number = record.round
         if not self._adapter(record.adapter).exists():
-            with _whole(self._adapter(record.adapter)) as path:
+            with whole(self._adapter(record.adapter)) as path:
                 save_vector(path, state.adapter, layout)
         for name, moment in state.moments.items():
-            with _whole(self._moment(number, name)) as path:
+            with whole(self._moment(number, name)) as path:
                 save_vector(path, moment, layout)
-        with _whole(self._record(number)) as path:
+        with whole(self._record(number)) as path:
             path.write_bytes(_spelled(record))
         self.records.append(record)
         for stale in (self.root / "moments").glob(f"{number - 1:04}-*.safetensors"):
@@ -176,16 +175,3 @@ _KINDS = {
 
 def _spelled(record: RoundRecord) -> bytes:
     return canonical_bytes({"format": FORMAT, **dataclasses.asdict(record)}) + b"\n"
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Give a path to write to; afterwards the file is at `path`, on disk and whole."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield draft
-        with draft.open("rb") as stream:
-            os.fsync(stream.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

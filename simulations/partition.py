@@ -1,4 +1,7 @@
-"""One table split into sites and a held-out test set. All rows of a person stay together."""
+"""One table split into sites and a held-out test set.
+
+All rows of a person stay together, unless a column says where each row lies: then she is a person at each of her sites.
+"""
 
 from collections.abc import Sequence
 

@@ -15,6 +15,7 @@ from confide.client.data import Tokenizer, load_tokenizer, read_examples
 from confide.client.trainer import Mechanism, PrivateTrainer
 from confide.common.accounting import cost, noise_multiplier, planned_cost
 from confide.common.adapter import Floats
+from confide.common.disk import whole
 from confide.common.errors import RunError, UsageError
 from confide.common.examples import Examples, union
 from confide.common.model import AdaptedModel, PrefixCache, attach
@@ -297,9 +298,8 @@ class Study:
         if not path.exists():
             found = evaluate(self.model, adapter(), self.test, self.cache)
             path.parent.mkdir(exist_ok=True)
-            draft = path.with_suffix(".part")
-            draft.write_text(json.dumps(found), encoding="utf-8")
-            draft.replace(path)
+            with whole(path) as draft:
+                draft.write_text(json.dumps(found), encoding="utf-8")
         value = float(json.loads(path.read_bytes())[self.plan.task.score])
         if name != "federated":
             self._watch.note(f"{name.replace('/', ' ').replace('_', ' ')}: {self.plan.task.score} {value:.3f}")
@@ -365,9 +365,8 @@ class Study:
             "setting": json.loads((self.directory / "setting.json").read_bytes()),
             "adapter": str(self.directory / "adapter"),
         }
-        draft = self.directory / "run.json.part"
-        draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        draft.replace(self.directory / "run.json")
+        with whole(self.directory / "run.json") as draft:
+            draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         return result
 
 

@@ -2,14 +2,13 @@
 
 import csv
 import json
-import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from confide.common.cli import quiet_libraries
 from confide.common.errors import AdapterError, UsageError
 from confide.common.plan import Plan, load_plan
 
@@ -43,7 +42,7 @@ def show(adapter: AdapterDir, as_json: AsJson = False) -> None:
 @app.command(epilog="Example: confide adapter evaluate runs/demo/adapter --model ./MiniLM --data held-out.csv")
 def evaluate(adapter: AdapterDir, model: ModelDir, data: DataFile, as_json: AsJson = False) -> None:
     """Score an adapter on a table of your own."""
-    _quiet()
+    quiet_libraries()
     from confide.client.data import load_tokenizer, read_examples
     from confide.common.model import attach
     from confide.common.score import scores
@@ -72,7 +71,7 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="A CSV file to write; standard output if absent.")] = None,
 ) -> None:
     """Say each row's label and the probability of every label, as CSV, in the order of the rows."""
-    _quiet()
+    quiet_libraries()
     from confide.client.data import load_tokenizer, read_texts
     from confide.common.model import attach
 
@@ -96,7 +95,7 @@ def predict(
 @app.command(epilog="Example: confide adapter merge runs/demo/adapter --model ./MiniLM --out ./merged")
 def merge(adapter: AdapterDir, model: ModelDir, out: OutDir) -> None:
     """Fold an adapter into the base model's weights; transformers then loads the result without peft."""
-    _quiet()
+    quiet_libraries()
     from confide.common.model import attach
     from confide.common.model import merge as merge_into
 
@@ -117,7 +116,7 @@ def export(
     out: OutDir,
 ) -> None:
     """Write any stored version of an adapter, such as that after round 3, as a standard PEFT directory."""
-    _quiet()
+    quiet_libraries()
     from confide.common.adapter import load_vector
     from confide.common.model import attach
 
@@ -150,9 +149,3 @@ def _manifest(adapter: Path) -> dict[str, Any]:
 def _fresh(out: Path) -> None:
     if out.exists():
         raise UsageError(f"{out} exists and is left as it is. Give another --out.")
-
-
-def _quiet() -> None:
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|opacus|confide)\..*")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import typer
@@ -29,6 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def quiet_libraries() -> None:
+    """Keep libraries from writing between our lines and from reaching for a hub."""
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|opacus|confide)\..*")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
 
 def _app(arguments: Sequence[str]) -> typer.Typer:

@@ -100,8 +100,12 @@ class AdaptedModel:
         `AutoModelForSequenceClassification.from_pretrained(base_directory, num_labels=…)`; with `mean`, `load_base`.
         """
         self.write(vector)
-        self.network.peft_config[_ADAPTER].base_model_name_or_path = self.plan.model.base
-        self.network.peft_config[_ADAPTER].inference_mode = True
+        config = self.network.peft_config[_ADAPTER]
+        config.base_model_name_or_path = self.plan.model.base
+        config.inference_mode = True
+        # peft keeps names in sets, whose order changes from process to process; equal runs must give equal bytes.
+        config.target_modules = sorted(config.target_modules)
+        config.modules_to_save = sorted(set(config.modules_to_save))
         directory.mkdir(parents=True, exist_ok=True)
         self.network.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # peft's empty template; ours is a model card

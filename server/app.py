@@ -6,7 +6,7 @@ only where an envelope is sent.
 
 import logging
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -33,50 +33,53 @@ class GridChannel:
         self._patience_s = patience_s
         self._nodes: dict[str, int] = {}  # by site
 
-    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Mapping[str, Envelope]:
-        """Return the answers that came in time, by site; a site whose node failed or is unknown is absent."""
+    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Iterator[tuple[str, Envelope]]:
+        """Yield each answer with its site as it comes; a site whose node failed or is unknown is left out."""
         deadline = time.monotonic() + timeout_s
         self._find(messages.keys(), min(deadline, time.monotonic() + self._patience_s))
         sites = {self._nodes[site]: site for site in messages if site in self._nodes}
-        contents = {node: _records(messages[site]) for node, site in sites.items()}
-        answers = {}
-        for node, reply in self._exchange(contents, "query.deliver", deadline).items():
+        records = {id(envelope): _records(envelope) for envelope in messages.values()}  # mostly one for all sites
+        contents = {node: records[id(messages[site])] for node, site in sites.items()}
+        for node, reply in self._exchange(contents, "query.deliver", deadline):
             site = sites[node]
             if reply.has_error():
                 _log.warning("site %s gave no answer: %s", site, reply.error.reason)
                 del self._nodes[site]  # it may come back as another node
                 continue
             try:
-                answers[site] = _envelope(reply.content)
+                answer = _envelope(reply.content)
             except MessageError as error:
                 _log.warning("site %s gave no answer: %s", site, error)
-        return answers
+                continue
+            yield site, answer
 
     def _find(self, sites: Set[str], deadline: float) -> None:
         """Learn the nodes of `sites`, as far as they are there before the deadline."""
         while not sites <= self._nodes.keys() and time.monotonic() < deadline:
             known = set(self._nodes.values())
             fresh = {node: RecordDict() for node in self._grid.get_node_ids() if node not in known}
-            for node, reply in self._exchange(fresh, "query.site", deadline).items():
+            for node, reply in self._exchange(fresh, "query.site", deadline):
                 name = None if reply.has_error() else reply.content.get("site", ConfigRecord()).get("name")
                 if isinstance(name, str):
                     self._nodes.setdefault(name, node)
             time.sleep(_POLL_S)
 
-    def _exchange(self, contents: Mapping[int, RecordDict], kind: str, deadline: float) -> dict[int, Message]:
-        """Send each node its content and return the replies that came before the deadline, by node."""
+    def _exchange(
+        self, contents: Mapping[int, RecordDict], kind: str, deadline: float
+    ) -> Iterator[tuple[int, Message]]:
+        """Send each node its content and yield the replies that come before the deadline, each with its node."""
         time_left_s = deadline - time.monotonic()
         if not contents or time_left_s <= 0:
-            return {}
+            return
         questions = [Message(content, node, kind, ttl=time_left_s) for node, content in contents.items()]
         waiting = {name for name in self._grid.push_messages(questions) if name}
-        replies: dict[int, Message] = {}
-        while waiting and time.monotonic() < deadline:
+        over = False
+        while waiting and not over:
+            over = time.monotonic() >= deadline  # asked before pulling: who takes replies slowly loses none by it
             for reply in self._grid.pull_messages(waiting):
                 waiting.discard(reply.metadata.reply_to_message_id)
-                replies[reply.metadata.src_node_id] = reply
+                yield reply.metadata.src_node_id, reply
             time.sleep(_POLL_S)
-        return replies
 
 
 def _records(envelope: Envelope) -> RecordDict:

@@ -6,7 +6,7 @@ loop is the same in a simulation and between institutions.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from confide.common.adapter import Layout
@@ -21,8 +21,11 @@ from confide.server.store import RoundRecord, Store
 class Channel(Protocol):
     """Carries messages to sites and their answers back."""
 
-    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Mapping[str, Envelope]:
-        """Return the answers that came in time, by site; a site that did not answer is absent."""
+    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Iterator[tuple[str, Envelope]]:
+        """Send the messages, then yield each answer with its site as it comes, until all are there or time is up.
+
+        Nothing is kept of an answer that was yielded, so a sum taken on the way needs no more memory for more sites.
+        """
         ...
 
 

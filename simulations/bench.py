@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from confide.common.plan import Plan, load_plan
 from confide.common.ring import RingLayout
 from confide.server.aggregate import ServerState
 from confide.server.rounds import Run
-from confide.server.store import RoundRecord, Store
+from confide.server.store import Store
 from confide.simulations.federation import run_in_process
 from confide.simulations.insecure import InsecurePlainSum, InsecureSeededNoise
 from confide.simulations.scenarios import demo_model, scenario
@@ -35,6 +35,7 @@ from confide.simulations.scenarios import demo_model, scenario
 FORMAT = "confide-bench/1"
 PARAMETERS = 300_000
 SITES = 10
+RUNS = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,7 @@ def bench(name: str, note: Note) -> dict[str, Any]:
     if name not in BENCHES:
         raise UsageError(f"There is no benchmark {name!r}. Known are {', '.join(BENCHES)}.")
     began = time.monotonic()
-    figures = dict(BENCHES[name](note))
+    figures = BENCHES[name](note)
     return {
         "format": FORMAT,
         "status": "completed",
@@ -85,31 +86,34 @@ def bench(name: str, note: Note) -> dict[str, Any]:
     }
 
 
-def federation(note: Note) -> Iterator[tuple[str, Figure]]:
-    """Yield what a round costs beside training, how memory grows with sites, and both against usual Flower."""
+def federation(note: Note) -> Mapping[str, Figure]:
+    """Return what a round costs beside training, how memory grows with sites, and the cost beside usual Flower's.
+
+    A run measures ours and the peer's one after the other, so that what else the machine does falls on both; a run's
+    seconds are the median of its rounds.
+    """
     from confide.simulations.flower_peer import reload_rounds
 
     model = demo_model()
-    note(f"{SITES} sites, {PARAMETERS} parameters, constant updates, in process")
-    ours = constant_rounds(SITES, PARAMETERS, rounds=30)
-    yield "round_overhead_s", Figure.of(ours, "s")
-    note("Peak memory with 50 and with 5 sites, base model loaded, one process each")
-    pairs = [(_peak_mb(50), _peak_mb(5)) for _ in range(3)]
-    yield "peak_memory_sites_50_over_5", Figure.of([many / few for many, few in pairs], "x", "5 sites")
-    note("The same rounds with a Flower client that loads its base model for each message")
-    theirs, again = [], []
-    for _ in range(2):
-        theirs += reload_rounds(model, SITES, PARAMETERS, rounds=3)
-        again += constant_rounds(SITES, PARAMETERS, rounds=15)
-    reference = statistics.median(again)
-    yield (
-        "overhead_vs_flower_reload",
-        Figure.of([t / reference for t in theirs], "x", "Flower under Ray, base reloaded"),
-    )
-    yield "flower_reload_round_s", Figure.of(theirs, "s")
+    ours, theirs, growth = [], [], []
+    for number in range(1, RUNS + 1):
+        note(f"Run {number} of {RUNS}: {SITES} sites, {PARAMETERS} parameters, constant updates")
+        with tempfile.TemporaryDirectory() as folder:
+            ours.append(statistics.median(constant_rounds(SITES, PARAMETERS, rounds=20, folder=Path(folder))))
+        note("  the same rounds with a Flower client that loads its base model for each message")
+        theirs.append(statistics.median(reload_rounds(model, SITES, PARAMETERS, rounds=5)))
+        note("  peak memory with 50 and with 5 sites, base model loaded, one process each")
+        growth.append(_peak_mb(50) / _peak_mb(5))
+    ratios = [their / our for their, our in zip(theirs, ours, strict=True)]
+    return {
+        "round_overhead_s": Figure.of(ours, "s"),
+        "peak_memory_sites_50_over_5": Figure.of(growth, "x", "5 sites"),
+        "overhead_vs_flower_reload": Figure.of(ratios, "x", "Flower under Ray, base model loaded for each message"),
+        "flower_reload_round_s": Figure.of(theirs, "s"),
+    }
 
 
-BENCHES: dict[str, Callable[[Note], Iterator[tuple[str, Figure]]]] = {"federation": federation}
+BENCHES: dict[str, Callable[[Note], Mapping[str, Figure]]] = {"federation": federation}
 
 
 class ConstantTrainer:
@@ -126,27 +130,21 @@ class ConstantTrainer:
         return Delta(values=np.full(self._length, 1e-4, np.float32))
 
 
-def constant_rounds(sites: int, parameters: int, rounds: int) -> list[float]:
-    """Return the seconds of each round, the first left out."""
+def constant_rounds(sites: int, parameters: int, rounds: int, folder: Path) -> list[float]:
+    """Return the seconds of each round, from the end of the one before, of a run in `folder`; the first is left out."""
     layout = Layout.of({"constant": (parameters,)})
     plan = _bench_plan(rounds + 1)
     ring = RingLayout(length=parameters, update_bound=1.0, max_sites=plan.federation.max_sites)
     names = tuple(f"site-{number:03}" for number in range(sites))
     run = Run(name="bench", plan=plan, layout=layout, ring=ring, sites=names, summation=InsecurePlainSum())
-    with tempfile.TemporaryDirectory() as folder:
-        agents = {name: _constant_agent(name, plan, layout, ring, Path(folder)) for name in names}
-        records: list[RoundRecord] = []
-        ticks: list[float] = []
-
-        def told(record: RoundRecord) -> None:
-            records.append(record)
-            ticks.append(time.perf_counter())
-
-        start = ServerState.begin(np.zeros(parameters, np.float32), plan.federation)
-        run_in_process(run, agents, Store(Path(folder)), start, told)
-    if any(record.missing for record in records):
-        raise RunError(f"In the benchmark a site did not take part: {records[0].missing}.")
-    return [after - before for before, after in itertools.pairwise(ticks)]
+    agents = {name: _constant_agent(name, plan, layout, ring, folder) for name in names}
+    store = Store(folder)
+    start = ServerState.begin(np.zeros(parameters, np.float32), plan.federation)
+    ends: list[float] = []
+    status = run_in_process(run, agents, store, start, lambda _: ends.append(time.perf_counter()))
+    if status != "completed":
+        raise RunError(f"In the benchmark a site did not take part: {[dict(r.missing) for r in store.records]}.")
+    return [after - before for before, after in itertools.pairwise(ends)]
 
 
 def _constant_agent(site: str, plan: Plan, layout: Layout, ring: RingLayout, folder: Path) -> Agent:
@@ -172,13 +170,14 @@ def _bench_plan(rounds: int) -> Plan:
 
 
 _MEMORY = """
-import json, resource, sys
+import json, pathlib, resource, sys, tempfile
 from confide.common.model import attach
 from confide.common.plan import load_plan
 from confide.simulations.bench import constant_rounds, PARAMETERS
 from confide.simulations.scenarios import demo_model, scenario
 model = attach(demo_model(), load_plan(scenario("messages").plan))
-constant_rounds(int(sys.argv[1]), PARAMETERS, rounds=3)
+with tempfile.TemporaryDirectory() as folder:
+    constant_rounds(int(sys.argv[1]), PARAMETERS, rounds=3, folder=pathlib.Path(folder))
 print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 """
 

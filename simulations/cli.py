@@ -1,11 +1,8 @@
 """`confide simulate …`: a whole federation on this machine, live, with its results and figures."""
 
 import json
-import logging
-import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from confide.common.cli import quiet_libraries
 from confide.common.errors import ConfideError, RunError, UsageError
 from confide.simulations.scenarios import SCENARIOS, demo_model, scenario
 
@@ -34,7 +32,9 @@ Compare = Annotated[
 )
 def run(
     plan: Annotated[Path | None, typer.Argument(help="The plan, a TOML file.", metavar="PLAN")] = None,
-    model: Annotated[Path | None, typer.Option(help="The base model's local directory.", metavar="DIR")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="The base model's local directory; the demo's MiniLM if absent.", metavar="DIR")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="The table of all sites' rows.", metavar="FILE")] = None,
     test: Annotated[Path | None, typer.Option(help="A table of held-out rows.", metavar="FILE")] = None,
     test_share: Annotated[float, typer.Option(help="Share of persons held out, without --test.")] = 0.2,
@@ -59,10 +59,8 @@ def run(
             )
         _run(resume, as_json=as_json)
         return
-    if plan is None or data is None or model is None:
-        raise UsageError(
-            "Give a PLAN, --model DIR and --data FILE. To see a run without any of them: confide simulate demo"
-        )
+    if plan is None or data is None:
+        raise UsageError("Give a PLAN and --data FILE. To see a run without either: confide simulate demo")
     if column is not None and split != "column":
         raise UsageError(f"--column goes with --split column, not with --split {split}.")
     from confide.simulations import study
@@ -76,7 +74,7 @@ def run(
             raise UsageError(f"There is no file {path}.")
     directory = out or _directory(plan.stem)
     setting = study.Setting(
-        model=model.resolve(),
+        model=(model or demo_model()).resolve(),
         data=data.resolve(),
         test=test.resolve() if test else None,
         test_share=test_share,
@@ -182,7 +180,7 @@ def bench(
     """Measure speed and memory, beside a peer where there is one."""
     from confide.simulations.bench import bench as measure
 
-    _silence()
+    quiet_libraries()
     result = measure(name, lambda line: typer.echo(line, err=True))
     if as_json:
         _print_json(result)
@@ -207,7 +205,7 @@ def _run(directory: Path, *, as_json: bool, quiet: bool = False) -> None:
     from confide.simulations.figures import draw
     from confide.simulations.study import Study
 
-    _silence()
+    quiet_libraries()
     watch = _Screen(quiet=as_json or quiet)
     try:
         with watch:
@@ -229,14 +227,6 @@ def _run(directory: Path, *, as_json: bool, quiet: bool = False) -> None:
 
 def _print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
-
-
-def _silence() -> None:
-    """Keep libraries from writing between the lines; what they warn of is of no concern to the user here."""
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|opacus|confide)\..*")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
 
 class _Screen:

@@ -1,7 +1,7 @@
 """A whole federation in one process: one agent per site, one frozen base model for all, the server's own loop."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from confide.client.agent import Agent
@@ -100,11 +100,13 @@ class InProcessChannel:
         self._dropouts = dropouts or {}
         self._asked = 0
 
-    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Mapping[str, Envelope]:
-        """Return every site's answer but the scheduled dropouts'; in one process nobody is late."""
+    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Iterator[tuple[str, Envelope]]:
+        """Yield every site's answer but the scheduled dropouts'; in one process nobody is late."""
         self._asked += 1
         absent = self._dropouts.get(self._asked, frozenset())
-        return {site: self._agents[site].answer(m) for site, m in messages.items() if site not in absent}
+        for site, message in messages.items():
+            if site not in absent:
+                yield site, self._agents[site].answer(message)
 
 
 def declared(persons: int) -> int:

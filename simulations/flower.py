@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 ERRAND = "CONFIDE_ERRAND"
 FORMAT = "confide-errand/1"
 
+_ERRAND_FOLDER, _FAILURE = "errand", "failure"
 _GLANCE_S = 0.2
 _START_S = 60.0
 _GRACE_S = 2.0  # nothing is lost when Flower is killed: what counts is in the store
@@ -79,9 +80,15 @@ def run_through_flower(
         folder = stack.enter_context(postbox.private_folder())
         agents_socket = folder / "agents"
         box = stack.enter_context(postbox.Postbox(agents_socket, {site: agents[site].answer for site in run.sites}))
-        errand = _write_errand(folder / "errand", run, store, start)
+        _write_errand(errand_in(folder), run, store, start)
         log = store.root / "flower.log"
-        flower = stack.enter_context(_flower(folder, errand, agents_socket, log, len(run.sites)))
+        job = FlowerJob(
+            server_app="confide.simulations.flower:app",
+            client_app="confide.client.app:app",
+            sites=len(run.sites),
+            environment={AGENT_SOCKET: str(agents_socket)},
+        )
+        flower = stack.enter_context(under_flower(job, folder, log))
         while len(store.records) < run.plan.privacy.rounds:
             running = flower.running()
             box.serve(_GLANCE_S)
@@ -95,13 +102,9 @@ def run_through_flower(
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the server's loop: what Flower starts as the simulation's server."""
-    folder = Path(os.environ[ERRAND])
-    try:
+    with errand() as folder:
         run, store, start = _read_errand(folder)
         run_rounds(run, _Attended(GridChannel(grid, patience_s=run.timeout_s)), store, start, lambda _: None)
-    except Exception as error:
-        (folder / "failure").write_text(f"{type(error).__name__}: {error}")
-        raise
 
 
 class _Attended:
@@ -114,19 +117,20 @@ class _Attended:
     def __init__(self, channel: GridChannel) -> None:
         self._channel = channel
 
-    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Mapping[str, Envelope]:
-        answers = self._channel.ask(messages, timeout_s)
-        if lost := sorted(messages.keys() - answers.keys()):
-            raise RunError(f"Messages to or from {', '.join(lost)} were lost.")
+    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Iterator[tuple[str, Envelope]]:
+        lost = set(messages)
+        for site, answer in self._channel.ask(messages, timeout_s):
+            lost.discard(site)
+            yield site, answer
+        if lost:
+            raise RunError(f"Messages to or from {', '.join(sorted(lost))} were lost.")
         postbox.sites(Path(os.environ[AGENT_SOCKET]))  # raises if the agents' process has ended
-        return answers
 
 
-def _write_errand(folder: Path, run: Run, store: Store, start: ServerState) -> Path:
-    """Write what the server's process needs to know, and return where."""
+def _write_errand(folder: Path, run: Run, store: Store, start: ServerState) -> None:
+    """Write what the server's process needs to know."""
     if run.summation.name != InsecurePlainSum.name:
         raise RunError(f"Through Flower a simulation sums by {InsecurePlainSum.name}, not by {run.summation.name}.")
-    folder.mkdir(mode=0o700)
     save_vector(folder / "adapter.safetensors", start.adapter, run.layout)
     for name, moment in start.moments.items():
         save_vector(folder / f"moment-{name}.safetensors", moment, run.layout)
@@ -142,7 +146,6 @@ def _write_errand(folder: Path, run: Run, store: Store, start: ServerState) -> P
         "store": str(store.root.resolve()),
     }
     (folder / "errand.json").write_bytes(canonical_bytes(fields))
-    return folder
 
 
 def _read_errand(folder: Path) -> tuple[Run, Store, ServerState]:
@@ -198,8 +201,8 @@ dependencies = []
 publisher = "confide"
 
 [tool.flwr.app.components]
-serverapp = "confide.simulations.flower:app"
-clientapp = "confide.client.app:app"
+serverapp = "{server_app}"
+clientapp = "{client_app}"
 """
 
 _CONNECTION = """
@@ -212,29 +215,72 @@ insecure = true
 """
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FlowerJob:
+    """What a Flower simulation runs.
+
+    Attributes:
+        server_app: The ServerApp, as `module:name` of an installed package.
+        client_app: The ClientApp, likewise.
+        sites: How many nodes it has.
+        environment: What both find in their environment.
+    """
+
+    server_app: str
+    client_app: str
+    sites: int
+    environment: Mapping[str, str]
+
+
 @contextlib.contextmanager
-def _flower(folder: Path, errand: Path, agents_socket: Path, log_path: Path, sites: int) -> Iterator["_Flower"]:
-    """Give a Flower run that is under way; afterwards nothing of it is left."""
+def under_flower(job: FlowerJob, folder: Path, log_path: Path) -> Iterator["FlowerRun"]:
+    """Give the job's run, which is under way; afterwards nothing of it is left.
+
+    Args:
+        job: What is run.
+        folder: A private directory of a short path, for this run alone; its errand is in it.
+        log_path: Where to write all that Flower says.
+    """
     port = _free_port()
     (folder / "home").mkdir(mode=0o700)
     (folder / "home" / "config.toml").write_text(_CONNECTION.format(port=port))
     (folder / "bundle").mkdir()
-    (folder / "bundle" / "pyproject.toml").write_text(_BUNDLE)
-    environment = _environment(folder) | {ERRAND: str(errand), AGENT_SOCKET: str(agents_socket)}
+    bundle = _BUNDLE.format(server_app=job.server_app, client_app=job.client_app)
+    (folder / "bundle" / "pyproject.toml").write_text(bundle)
+    environment = {**_environment(folder), **job.environment, ERRAND: str(folder / _ERRAND_FOLDER)}
     with log_path.open("ab") as log:
-        flower = _Flower(folder, environment, log, port)
+        flower = FlowerRun(folder, environment, log, port)
         try:
-            flower.submit(sites)
+            flower.submit(job.sites)
             yield flower
         finally:
             flower.stop()
 
 
-class _Flower:
+def errand_in(folder: Path) -> Path:
+    """Make the directory in `folder` for what a ServerApp needs to know, and return it."""
+    path = folder / _ERRAND_FOLDER
+    path.mkdir(mode=0o700)
+    return path
+
+
+@contextlib.contextmanager
+def errand() -> Iterator[Path]:
+    """Give a ServerApp its errand's directory; if it fails, `FlowerRun.reason` says why."""
+    folder = Path(os.environ[ERRAND])
+    try:
+        yield folder
+    except Exception as error:
+        (folder / _FAILURE).write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+class FlowerRun:
     """A SuperLink of our own and the one run in it."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str], log: IO[bytes], port: int) -> None:
         self._folder = folder
+        self._failure = folder / _ERRAND_FOLDER / _FAILURE
         self._environment = environment
         self._log = log
         self._port = port
@@ -257,7 +303,7 @@ class _Flower:
     def running(self) -> bool:
         """Return whether the run may still go on."""
         assert self._watch is not None
-        if (self._folder / "errand" / "failure").exists() or self._superlink.poll() is not None:
+        if self._failure.exists() or self._superlink.poll() is not None:
             return False
         if time.monotonic() > self._met + 1:
             self._meet_family(psutil.Process(self._superlink.pid))
@@ -271,9 +317,8 @@ class _Flower:
 
     def reason(self) -> str:
         """Return why the run stopped before its end."""
-        failure = self._folder / "errand" / "failure"
-        if failure.exists():
-            return failure.read_text().rstrip(".")
+        if self._failure.exists():
+            return self._failure.read_text().rstrip(".")
         if self._superlink.poll() is not None:
             return "its SuperLink ended"
         return self._state().get("status-details", "").rstrip(".") or "it gave no reason"

@@ -5,7 +5,7 @@
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -38,14 +38,17 @@ class InsecurePlainSum:
     ) -> Collected:
         """Return the sum over those sites that took part, if they are at least `least`."""
         envelope = seal(offer)
-        answers = channel.ask(dict.fromkeys(sites, envelope), timeout_s)
         total = np.zeros(ring.length, np.uint32)
         present: list[str] = []
-        missing: dict[str, str] = {}
+        missing = dict.fromkeys(sorted(sites), "no answer")
         bytes_up = 0
-        for site in sorted(sites):
+        awaited = set(sites)
+        for site, answer in channel.ask(dict.fromkeys(sites, envelope), timeout_s):
+            if site not in awaited:
+                continue  # nobody is summed twice, nor who was not asked
+            awaited.remove(site)
             try:
-                contribution = _contribution(answers, site, offer, ring)
+                contribution = _contribution(answer, site, offer, ring)
             except MessageError as error:
                 missing[site] = type(error).__name__
                 continue
@@ -54,21 +57,20 @@ class InsecurePlainSum:
                 continue
             total += contribution.words
             present.append(site)
-            bytes_up = answers[site].size_bytes
+            del missing[site]
+            bytes_up = answer.size_bytes
         enough = len(present) >= least
         return Collected(
             total=RingSum(words=total, layout=ring, count=len(present)) if enough else None,
-            present=tuple(present),
+            present=tuple(sorted(present)),
             missing=missing,
             bytes_up=bytes_up,
             bytes_down=envelope.size_bytes,
         )
 
 
-def _contribution(answers: Mapping[str, Envelope], site: str, offer: Offer, ring: RingLayout) -> Contribution | Failure:
-    if site not in answers:
-        return Failure(error="no answer", sentence="The site did not answer in time.")
-    message = open_envelope(answers[site])
+def _contribution(answer: Envelope, site: str, offer: Offer, ring: RingLayout) -> Contribution | Failure:
+    message = open_envelope(answer)
     if isinstance(message, Failure):
         return message
     expect(message, Contribution)

@@ -1,7 +1,10 @@
 """The base model, the adapter on it, and what is exported."""
 
 import dataclasses
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +172,23 @@ def test_the_exported_adapter_comes_back_as_the_same_vector(tmp_path: Path, base
     model.export(vector, tmp_path)
 
     np.testing.assert_array_equal(model.import_exported(tmp_path), vector)
+
+
+def test_two_processes_export_the_same_bytes(tmp_path: Path, base_directory: Path, plan_file: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from confide.common.model import attach; "
+        "from confide.common.plan import load_plan; "
+        "model = attach(Path(sys.argv[1]), load_plan(Path(sys.argv[2]))); model.export(model.start, Path(sys.argv[3]))"
+    )
+    for seed in ("1", "2"):
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code, str(base_directory), str(plan_file), str(tmp_path / seed)],
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
 def test_an_adapter_of_another_seed_is_refused(tmp_path: Path, base_directory: Path, plan: Plan) -> None:

@@ -136,10 +136,10 @@ def test_a_run_stopped_in_any_round_resumes_to_the_same_bytes(
     def interrupted(self: InProcessChannel, *args: Any, **kwargs: Any) -> Any:
         nonlocal asked
         asked += 1
-        answers = answer(self, *args, **kwargs)
+        answers = list(answer(self, *args, **kwargs))
         if asked == 2:  # all sites have trained the second round, the server has not recorded it
             raise KeyboardInterrupt
-        return answers
+        return iter(answers)
 
     monkeypatch.setattr(InProcessChannel, "ask", interrupted)
     assert simulate(tmp_path / "stopped", plan_file, base_directory, table, *BY_CLINIC) == 130

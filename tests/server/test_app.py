@@ -160,8 +160,8 @@ def test_a_site_is_found_again_behind_another_node() -> None:
 
     channel = GridChannel(DirectGrid(1, tamper), patience_s=0.5)
 
-    first = channel.ask({"a": Envelope(body=b"")}, 5)
-    second = channel.ask({"a": Envelope(body=b"")}, 5)
+    first = dict(channel.ask({"a": Envelope(body=b"")}, 5))
+    second = dict(channel.ask({"a": Envelope(body=b"")}, 5))
 
     assert (list(first), list(second)) == ([], ["a"])
     assert kinds == ["query.site", "query.deliver"] * 2

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,8 @@ class Sites:
     asked: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     sent: list[int] = dataclasses.field(default_factory=list)
 
-    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Mapping[str, Envelope]:
+    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Iterator[tuple[str, Envelope]]:
         assert timeout_s > 0
-        answers = {}
         for site, envelope in messages.items():
             offer = open_envelope(envelope)
             assert isinstance(offer, Offer)
@@ -75,9 +74,8 @@ class Sites:
             self.asked.append((offer.round, len(envelope.body) + offer.adapter.nbytes))
             answer = self.turns.get((site, offer.round), honest(site))(offer)
             if answer is not None:
-                answers[site] = answer
                 self.sent.append(len(answer.body) + (0 if answer.vector is None else answer.vector.nbytes))
-        return answers
+                yield site, answer
 
 
 def always(site: str, behaviour: Behaviour) -> dict[tuple[str, int], Behaviour]:
@@ -200,11 +198,13 @@ def test_a_malformed_contribution_counts_as_missing_and_enters_no_sum(run: Run, 
     assert adapter_of(store) == pytest.approx(START + moved, abs=1e-5)
 
 
-def test_an_answer_of_a_site_that_was_not_asked_is_ignored(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["stranger", "a"])
+def test_an_answer_of_a_site_that_was_not_asked_or_has_answered_is_ignored(run: Run, tmp_path: Path, name: str) -> None:
     class Crowd(Sites):
-        def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Mapping[str, Envelope]:
-            answers = super().ask(messages, timeout_s)
-            return {**answers, "stranger": answers["a"]}
+        def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Iterator[tuple[str, Envelope]]:
+            for site, answer in super().ask(messages, timeout_s):
+                yield site, answer
+                yield name if site == "a" else site, answer
 
     status, store, _ = go(run, Crowd(), tmp_path)
 
@@ -239,11 +239,10 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(run: Run, tmp_path: Path, s
     _, whole, _ = go(run, Sites(), tmp_path / "whole")
 
     class Stopping(Sites):
-        def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Mapping[str, Envelope]:
-            answers = super().ask(messages, timeout_s)
+        def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Iterator[tuple[str, Envelope]]:
+            yield from super().ask(messages, timeout_s)
             if self.offers[-1].round > stop:
                 raise KeyboardInterrupt
-            return answers
 
     with pytest.raises(KeyboardInterrupt):
         go(run, Stopping(), tmp_path / "stopped")

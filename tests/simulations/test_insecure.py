@@ -1,7 +1,7 @@
 """What only a simulation may do: sums that nothing hides, and noise from a seed."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -25,8 +25,8 @@ class Answers:
     def __init__(self, answers: Mapping[str, Envelope]) -> None:
         self._answers = answers
 
-    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Mapping[str, Envelope]:
-        return {site: self._answers[site] for site in messages if site in self._answers}
+    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Iterator[tuple[str, Envelope]]:
+        yield from ((site, self._answers[site]) for site in messages if site in self._answers)
 
 
 def vector(words: list[int]) -> RingVector:

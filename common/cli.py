@@ -58,19 +58,32 @@ def _app(arguments: Sequence[str]) -> typer.Typer:
     for name, (module, extra, purpose) in _GROUPS.items():
         group = _load(module, extra) if name == called else typer.Typer()
         if name != called:
-            group.callback()(_root)
+            group.callback()(_nothing)
         app.add_typer(group, name=name, help=purpose, no_args_is_help=True)
     return app
 
 
 def _root(
-    version: bool = typer.Option(False, "--version", help="Show the version and exit.", is_eager=True),
+    version: bool = typer.Option(
+        False,
+        "--version",
+        help="Show the version and exit.",
+        is_eager=True,
+        callback=lambda asked: _tell_version() if asked else None,
+    ),
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
+    pass
 
-        typer.echo(f"confide {installed('confide')}")
-        raise typer.Exit
+
+def _nothing() -> None:
+    """Stand in for a group that is not called."""
+
+
+def _tell_version() -> None:
+    from importlib.metadata import version
+
+    typer.echo(f"confide {version('confide')}")
+    raise typer.Exit
 
 
 def _load(module: str, extra: str) -> typer.Typer:

@@ -1,16 +1,22 @@
-"""The pages of the reference that follow from the code: plan keys, exit codes, and one page per module.
+"""The pages of the reference that follow from the code: commands, plan keys, exit codes, and one page per module.
 
-Modules are read, not imported, so the documentation needs none of the libraries that Confide trains with.
+Commands come from the command line itself. Modules are read, not imported, so the documentation needs none of the
+libraries that Confide trains with.
 """
 
 import ast
+import importlib
 import inspect
 import re
 import textwrap
+import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from confide.common import errors, plan
+import typer.main
+
+from confide.common import cli, errors, plan
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("common", "client", "server", "simulations")
@@ -22,7 +28,12 @@ _ITEM = re.compile(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)")
 
 def write_reference(directory: Path) -> None:
     """Bring `directory` up to date: all generated pages and no others; unchanged ones are not written."""
-    pages = {"plan.md": plan_page(), "exit-codes.md": exit_code_page(), "code.md": code_page()}
+    pages = {
+        "cli.md": cli_page(),
+        "plan.md": plan_page(),
+        "exit-codes.md": exit_code_page(),
+        "code.md": code_page(),
+    }
     for module, file in modules():
         pages[f"{module}.md"] = module_page(module, ast.parse(file.read_bytes()))
     directory.mkdir(parents=True, exist_ok=True)
@@ -40,6 +51,66 @@ def modules() -> Iterator[tuple[str, Path]]:
         for file in sorted((ROOT / package).glob("*.py")):
             name = f"confide.{package}"
             yield (name if file.stem == "__init__" else f"{name}.{file.stem}"), file
+
+
+def cli_page() -> str:
+    """Return the page of all commands with their arguments and options."""
+    lines = [
+        "# Commands",
+        "",
+        "Every command shows this with `--help`. With `--json`, where a command has it, it prints one JSON object on",
+        "standard output and no progress; an error is then printed there too, as",
+        '`{"status": "failed", "error": CLASS, "message": TEXT}`. Errors have [exit codes](exit-codes.md); Ctrl-C gives 130.',
+    ]
+    for group, purpose, commands in groups():
+        lines += ["", f"## `confide {group}`", "", purpose]
+        for name, command in commands.items():
+            lines += ["", f"### `confide {group} {name}`", "", *_command(f"confide {group} {name}", command)]
+    return "\n".join(lines) + "\n"
+
+
+def groups() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (group, its purpose, its commands by name) for every group of the command line."""
+    for group, (module, _, purpose) in cli._GROUPS.items():
+        command: Any = typer.main.get_command(importlib.import_module(module).app)
+        yield group, purpose, command.commands
+
+
+def _command(name: str, command: Any) -> list[str]:  # noqa: ANN401  click has no types of its own here
+    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+    words = [a.metavar if a.required else f"[{a.metavar}]" for a in arguments]
+    words += [f"{option.opts[0]}{_value(option)}" for option in options if option.required]
+    lines = [_text(command.help), "", "```text", " ".join([name, *words, "[OPTIONS]"]), "```", ""]
+    if arguments:
+        hints = typing.get_type_hints(inspect.unwrap(command.callback), include_extras=True)
+        lines += ["| argument | default | meaning |", "|---|---|---|"]
+        # Read from the declaration: click 8.5 forgets what typer 0.20 tells it of an argument.
+        told = [(a, hints[a.name].__metadata__[0].help) for a in arguments]
+        lines += [f"| `{a.metavar}` | {_default(a)} | {_cell(_text(says))} |" for a, says in told] + [""]
+    if options:
+        lines += ["| option | default | meaning |", "|---|---|---|"]
+        for option in options:
+            spelled = " / ".join(f"`{word}{_value(option)}`" for word in [*option.opts, *option.secondary_opts])
+            lines.append(f"| {spelled} | {_default(option)} | {_cell(_text(option.help))} |")
+        lines.append("")
+    return [*lines, *(["```shell", command.epilog.removeprefix("Example: "), "```"] if command.epilog else [])]
+
+
+def _value(option: Any) -> str:  # noqa: ANN401  click has no types of its own here
+    """Return what follows an option's name."""
+    if option.is_flag:
+        return ""
+    return " " + (option.metavar or {"integer": "N", "integer range": "N", "float": "X"}.get(option.type.name, "TEXT"))
+
+
+def _default(parameter: Any) -> str:  # noqa: ANN401  click has no types of its own here
+    if parameter.required:
+        return "required"
+    if getattr(parameter, "is_flag", False):
+        chosen = parameter.opts if parameter.default else parameter.secondary_opts
+        return f"`{chosen[0]}`" if chosen else ""
+    return "" if parameter.default is None else f"`{parameter.default}`"
 
 
 def plan_page() -> str:

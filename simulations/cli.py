@@ -19,7 +19,7 @@ app = typer.Typer(rich_markup_mode=None)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Seed = Annotated[int, typer.Option(min=0, help="Fixes the split and every draw.")]
-Threads = Annotated[int, typer.Option(min=0, max=1024, help="Processor threads; 0 leaves it to torch.")]
+Threads = Annotated[int, typer.Option(min=0, max=1024, help="Processor threads; 0 leaves it to the plan.")]
 Out = Annotated[Path | None, typer.Option(help="The run's directory; runs/NAME-TIME if absent.", metavar="DIR")]
 Engine = Annotated[str, typer.Option(help="How messages travel: in-process or flower.")]
 Compare = Annotated[
@@ -266,7 +266,8 @@ def _show(result: dict[str, Any], directory: Path) -> None:
     scores, measured, name = result["scores"], result["measured"], result["score"]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
-    for heading in (name, "accuracy", f"epsilon (δ = {result['delta']:g})"):
+    shown = list(dict.fromkeys((name, "accuracy")))
+    for heading in (*shown, f"epsilon (δ = {result['delta']:g})"):
         table.add_column(heading, justify="right")
     spent = max(result["epsilon"].values())
     rows = [("untrained", "untrained", "0")]
@@ -284,7 +285,7 @@ def _show(result: dict[str, Any], directory: Path) -> None:
     for label, key, epsilon in rows:
         style = "bold" if key == "federated" else ""
         found = measured[key]
-        table.add_row(label, f"{found[name]:.3f}", f"{found['accuracy']:.3f}", epsilon, style=style)
+        table.add_row(label, *(f"{found[score]:.3f}" for score in shown), epsilon, style=style)
     console.print()
     console.print(table)
     console.print()

@@ -50,7 +50,7 @@ class Setting:
         concentration: The Dirichlet parameter, for the splits `dirichlet` and `quantity`.
         seed: Fixes the split and every draw.
         engine: How messages travel, one of `ENGINES`.
-        threads: Processor threads of torch; equal bytes need equal numbers.
+        threads: Processor threads of torch, 0 for the plan's; equal bytes need equal numbers.
         alone: Whether each site is also trained alone.
         compare: Whether the head-only and the pooled comparisons are made.
     """
@@ -138,9 +138,9 @@ class Study:
 
         self.directory = directory
         self.setting = read_setting(directory)
-        if self.setting.threads:
-            torch.set_num_threads(self.setting.threads)
         self.plan = load_plan(directory / "plan.toml")
+        if threads := self.setting.threads or self.plan.compute.threads:
+            torch.set_num_threads(threads)
         self._watch = watch
         self._began = time.monotonic()
         watch.phase("Loading the base model and the rows", 3)
@@ -259,11 +259,8 @@ class Study:
             self._history.append({"round": record.round, **found})
         void = "" if record.present else " (void)"
         missing = "".join(f", {site} missing: {why}" for site, why in record.missing.items())
-        name = self.plan.task.score
-        self._watch.note(
-            f"round {record.round:>3}  {name} {found[name]:.3f}  accuracy {found['accuracy']:.3f}  "
-            f"{len(record.present)} sites{void}{missing}"
-        )
+        shown = "  ".join(f"{name} {found[name]:.3f}" for name in dict.fromkeys((self.plan.task.score, "accuracy")))
+        self._watch.note(f"round {record.round:>3}  {shown}  {len(record.present)} sites{void}{missing}")
         self._watch.advance()
 
     def _alone(self, site: str) -> Callable[[], Floats]:

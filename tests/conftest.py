@@ -11,6 +11,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from confide.common import cli
 from confide.common.base import base_digest
 from confide.common.examples import Examples
 from confide.common.plan import Plan, read_plan, starter
@@ -148,3 +149,21 @@ def make_examples() -> MakeExamples:
         )
 
     return make
+
+
+def run(*arguments: object) -> int:
+    """Return the exit code of `confide` with these arguments."""
+    try:
+        cli.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def simulate(out: Path, plan_file: Path, base: Path, table: Path, *more: object) -> int:
+    return run(
+        "simulate", "run", plan_file, "--model", base, "--data", table, "--out", out, "--threads", 1, "--json", *more
+    )
+
+
+BY_CLINIC = ("--split", "column", "--column", "clinic")

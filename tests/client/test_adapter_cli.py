@@ -11,7 +11,7 @@ import transformers
 
 from confide.common.model import attach
 from confide.common.plan import load_plan
-from tests.integration.test_simulate import BY_CLINIC, run, simulate
+from tests.conftest import BY_CLINIC, run, simulate
 
 
 @pytest.fixture

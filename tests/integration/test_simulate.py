@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 
-from confide.common import cli
 from confide.common.messages import vector_digest
 from confide.common.model import attach
 from confide.common.plan import load_plan
@@ -22,25 +21,7 @@ from confide.server.aggregate import ServerState
 from confide.server.rounds import run_rounds
 from confide.server.store import RoundRecord, Store
 from confide.simulations.federation import Federation, InProcessChannel, run_in_process
-from tests.conftest import MakeExamples
-
-
-def run(*arguments: object) -> int:
-    """Return the exit code of `confide` with these arguments."""
-    try:
-        cli.main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
-def simulate(out: Path, plan_file: Path, base: Path, table: Path, *more: object) -> int:
-    return run(
-        "simulate", "run", plan_file, "--model", base, "--data", table, "--out", out, "--threads", 1, "--json", *more
-    )
-
-
-BY_CLINIC = ("--split", "column", "--column", "clinic")
+from tests.conftest import BY_CLINIC, MakeExamples, run, simulate
 
 
 @pytest.fixture

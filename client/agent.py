@@ -11,7 +11,7 @@ from typing import Protocol
 
 from confide.client.spends import SpendLog
 from confide.client.trainer import Mechanism, Randomness, Trainer
-from confide.common.errors import ConfideError, DataError, Refused
+from confide.common.errors import ConfideError, DataError, PrivacyError, Refused
 from confide.common.messages import Contribution, Envelope, Failure, Message, Offer, open_envelope, seal
 from confide.common.plan import Plan
 from confide.common.ring import RingLayout, RingVector, encode
@@ -45,6 +45,7 @@ class Agent:
 
     Raises:
         DataError: The site has fewer persons than the plan asks for.
+        PrivacyError: The plan's delta is not below 1 / declared_persons.
     """
 
     def __init__(
@@ -63,6 +64,11 @@ class Agent:
             raise DataError(
                 f"Site {site} has {min(trainer.person_count, declared_persons)} persons; the plan asks for at least "
                 f"{plan.privacy.min_persons}. Lower [privacy] min_persons, or give the site more data."
+            )
+        if plan.privacy.delta * declared_persons >= 1:
+            raise PrivacyError(
+                f"Site {site} declares {declared_persons} persons; the plan's delta = {plan.privacy.delta:g} is not below "
+                f"1 / {declared_persons}, so it would promise that site nothing. Lower [privacy] delta."
             )
         self.site = site
         self.spends = spends

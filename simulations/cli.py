@@ -239,6 +239,7 @@ class _Screen:
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[doing]}", style="dim"),
             console=self._console,
             disable=quiet,
         )
@@ -252,10 +253,10 @@ class _Screen:
         self._progress.stop()
 
     def phase(self, title: str, total: int) -> None:
-        self._task = self._progress.add_task(title, total=total)
+        self._task = self._progress.add_task(title, total=total, doing="")
 
-    def advance(self, steps: int = 1) -> None:
-        self._progress.advance(self._task, steps)
+    def advance(self, steps: int = 1, doing: str = "") -> None:
+        self._progress.update(self._task, advance=steps, doing=doing)
 
     def note(self, line: str) -> None:
         self._progress.console.print(line, style="dim")

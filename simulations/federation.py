@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from confide.client.agent import Agent
 from confide.client.spends import SpendLog
@@ -73,12 +74,20 @@ class Federation:
         )
 
 
-Engine = Callable[[Run, Mapping[str, Agent], Store, ServerState, Callable[[RoundRecord], None]], str]
+class Site(Protocol):
+    """Whatever answers for a site: its agent, or one who watches it."""
+
+    def answer(self, envelope: Envelope) -> Envelope:
+        """Return the site's answer."""
+        ...
+
+
+Engine = Callable[[Run, Mapping[str, Site], Store, ServerState, Callable[[RoundRecord], None]], str]
 
 
 def run_in_process(
     run: Run,
-    agents: Mapping[str, Agent],
+    agents: Mapping[str, Site],
     store: Store,
     start: ServerState,
     told: Callable[[RoundRecord], None],
@@ -95,7 +104,7 @@ class InProcessChannel:
         dropouts: The sites that do not answer, by the how-manieth time the channel is used, from 1.
     """
 
-    def __init__(self, agents: Mapping[str, Agent], dropouts: Mapping[int, frozenset[str]] | None = None) -> None:
+    def __init__(self, agents: Mapping[str, Site], dropouts: Mapping[int, frozenset[str]] | None = None) -> None:
         self._agents = agents
         self._dropouts = dropouts or {}
         self._asked = 0

@@ -41,7 +41,7 @@ from confide.server.store import RoundRecord, Store
 from confide.simulations.insecure import InsecurePlainSum
 
 if TYPE_CHECKING:
-    from confide.client.agent import Agent
+    from confide.simulations.federation import Site
 
 ERRAND = "CONFIDE_ERRAND"
 FORMAT = "confide-errand/1"
@@ -57,7 +57,7 @@ app = ServerApp()  # a plain assignment: Flower looks for it in the source befor
 
 def run_through_flower(
     run: Run,
-    agents: Mapping[str, "Agent"],
+    agents: Mapping[str, "Site"],
     store: Store,
     start: ServerState,
     told: Callable[[RoundRecord], None],

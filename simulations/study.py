@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from confide.client.agent import Agent
 from confide.client.data import Tokenizer, load_tokenizer, read_examples
 from confide.client.trainer import Mechanism, PrivateTrainer
 from confide.common.accounting import cost, noise_multiplier, planned_cost
@@ -18,6 +19,7 @@ from confide.common.adapter import Floats
 from confide.common.disk import whole
 from confide.common.errors import RunError, UsageError
 from confide.common.examples import Examples, union
+from confide.common.messages import Envelope
 from confide.common.model import AdaptedModel, PrefixCache, attach
 from confide.common.plan import Plan, load_plan
 from confide.server.aggregate import ServerState
@@ -77,8 +79,8 @@ class Watch(Protocol):
         """A stretch of work begins that has `total` steps."""
         ...
 
-    def advance(self, steps: int = 1) -> None:
-        """Some of its steps are done."""
+    def advance(self, steps: int = 1, doing: str = "") -> None:
+        """Some of its steps are done; `doing` says what was."""
         ...
 
     def note(self, line: str) -> None:
@@ -228,11 +230,13 @@ class Study:
         start = ServerState.begin(model.start, self.plan.federation)
         rounds = self.plan.privacy.rounds
         title = "Federated rounds" if model is self.model else "Federated rounds, head only"
-        self._watch.phase(title, rounds)
+        self._watch.phase(title, rounds * len(agents))
         for record in store.records:
             self._told(record, model, store)
+            self._watch.advance(len(agents))
+        watched = {site: _Watched(site, agent, self._watch) for site, agent in agents.items()}
         status = _engine(self.setting.engine)(
-            federation.run(), agents, store, start, lambda record: self._told(record, model, store)
+            federation.run(), watched, store, start, lambda record: self._told(record, model, store)
         )
         state = store.latest(model.layout)
         if state is None or status == "failed":
@@ -261,7 +265,6 @@ class Study:
         missing = "".join(f", {site} missing: {why}" for site, why in record.missing.items())
         shown = "  ".join(f"{name} {found[name]:.3f}" for name in dict.fromkeys((self.plan.task.score, "accuracy")))
         self._watch.note(f"round {record.round:>3}  {shown}  {len(record.present)} sites{void}{missing}")
-        self._watch.advance()
 
     def _alone(self, site: str) -> Callable[[], Floats]:
         return lambda: self._trained(f"alone/{site}", self.sites[site])
@@ -365,6 +368,21 @@ class Study:
         with whole(self.directory / "run.json") as draft:
             draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         return result
+
+
+class _Watched:
+    """A site's agent, whose every answer is told."""
+
+    def __init__(self, site: str, agent: Agent, watch: Watch) -> None:
+        self._site = site
+        self._agent = agent
+        self._watch = watch
+
+    def answer(self, envelope: Envelope) -> Envelope:
+        """Return the agent's answer."""
+        answer = self._agent.answer(envelope)
+        self._watch.advance(doing=self._site)
+        return answer
 
 
 def _engine(name: str) -> Engine:

@@ -9,7 +9,7 @@ import pytest
 from confide.client.agent import Agent
 from confide.client.spends import SpendLog
 from confide.client.trainer import PrivateTrainer
-from confide.common.errors import DataError
+from confide.common.errors import DataError, PrivacyError
 from confide.common.messages import Contribution, Envelope, Failure, Message, Offer, open_envelope, seal
 from confide.common.model import AdaptedModel, attach
 from confide.common.plan import Plan
@@ -178,6 +178,22 @@ def test_a_site_below_the_plans_least_persons_does_not_take_part(
             declared_persons=9,
             ring=ring,
             randomness=lambda number: InsecureSeededNoise(0, "small", number),
+            protection=InsecurePlainSum(),
+            spends=SpendLog(),
+        )
+
+
+def test_a_site_too_large_for_the_plans_delta_does_not_take_part(
+    model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples
+) -> None:
+    with pytest.raises(PrivacyError, match="delta = 0.001 is not below 1 / 1000"):
+        Agent(
+            site="large",
+            plan=model.plan,
+            trainer=PrivateTrainer(model, make_examples(30, seed=0)),
+            declared_persons=1000,
+            ring=ring,
+            randomness=lambda number: InsecureSeededNoise(0, "large", number),
             protection=InsecurePlainSum(),
             spends=SpendLog(),
         )

@@ -19,8 +19,12 @@ myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 nitpicky = True
 
+smartquotes = False  # an option is spelled --json, also in the text
+
 html_theme = "furo"
 html_title = f"Confide {version}"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_copy_source = False
 html_show_sphinx = False
 

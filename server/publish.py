@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from confide.common.accounting import Spend, cost
 from confide.common.adapter import Floats
 from confide.common.messages import vector_digest
 from confide.common.model import AdaptedModel
@@ -30,6 +31,17 @@ class Claim:
     noise_multiplier: float
     noise: str
     steps: int
+
+
+def claim(spends: Sequence[Spend], delta: float) -> Claim:
+    """Return what one site's spends, at least one, add up to."""
+    return Claim(
+        epsilon=round(cost(spends, delta).epsilon, 6),
+        delta=delta,
+        noise_multiplier=max(spend.noise_multiplier for spend in spends),
+        noise=spends[0].noise,
+        steps=sum(spend.steps for spend in spends),
+    )
 
 
 def publish(

@@ -119,7 +119,7 @@ BENCHES: dict[str, Callable[[Note], Mapping[str, Figure]]] = {"federation": fede
 class ConstantTrainer:
     """Stands in for training: every round moves every parameter by the same."""
 
-    person_count = 10_000_000
+    person_count = 10_000
 
     def __init__(self, layout: Layout) -> None:
         self.layout_digest = layout.digest

@@ -63,17 +63,17 @@ def run(
         raise UsageError("Give a PLAN and --data FILE. To see a run without either: confide simulate demo")
     if column is not None and split != "column":
         raise UsageError(f"--column goes with --split column, not with --split {split}.")
-    from confide.simulations import study
+    from confide.simulations.setting import ENGINES, SPLITS, Setting, begin
 
-    if split not in study.SPLITS or engine not in study.ENGINES:
-        raise UsageError(f"--split is one of {', '.join(study.SPLITS)}; --engine one of {', '.join(study.ENGINES)}.")
+    if split not in SPLITS or engine not in ENGINES:
+        raise UsageError(f"--split is one of {', '.join(SPLITS)}; --engine one of {', '.join(ENGINES)}.")
     if not 0 < concentration <= 1e6:
         raise UsageError(f"--concentration {concentration:g} is outside its range: above 0, at most 1000000.")
     for path in filter(None, (plan, data, test)):
         if not path.exists():
             raise UsageError(f"There is no file {path}.")
     directory = out or _directory(plan.stem)
-    setting = study.Setting(
+    setting = Setting(
         model=(model or demo_model()).resolve(),
         data=data.resolve(),
         test=test.resolve() if test else None,
@@ -88,7 +88,7 @@ def run(
         alone=alone,
         compare=compare,
     )
-    study.begin(directory, plan, setting)
+    begin(directory, plan, setting)
     _run(directory, as_json=as_json)
 
 
@@ -105,13 +105,13 @@ def demo(
     """Watch three institutions fine-tune a real model on real text, each under its own epsilon."""
     chosen = scenario(name)
     model = demo_model()
-    from confide.simulations import study
+    from confide.simulations.setting import Setting, begin
 
     directory = out or _directory(name)
     if (directory / "setting.json").exists():
         raise RunError(f"{directory} holds a run already. Go on with it: confide simulate run --resume {directory}")
     data, test = chosen.prepare(directory / "data")
-    setting = study.Setting(
+    setting = Setting(
         model=model,
         data=data.resolve(),
         test=test.resolve(),
@@ -126,7 +126,7 @@ def demo(
         alone=True,
         compare=compare,
     )
-    study.begin(directory, chosen.plan, setting)
+    begin(directory, chosen.plan, setting)
     if not as_json:
         Console().print(f"{chosen.says} Real data, real model, simulated sites.\n", highlight=False)
     _run(directory, as_json=as_json)

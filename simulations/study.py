@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from confide.client.agent import Agent
-from confide.client.data import Tokenizer, load_tokenizer, read_examples
 from confide.client.trainer import Mechanism, PrivateTrainer
-from confide.common.accounting import cost, noise_multiplier, planned_cost
+from confide.common.accounting import noise_multiplier, planned_cost
 from confide.common.adapter import Floats
 from confide.common.disk import whole
 from confide.common.errors import RunError, UsageError
@@ -24,52 +23,15 @@ from confide.common.model import AdaptedModel, PrefixCache, attach
 from confide.common.plan import Plan, load_plan
 from confide.server.aggregate import ServerState
 from confide.server.evaluate import evaluate
-from confide.server.publish import Claim, publish, weakened
+from confide.server.publish import Claim, claim, publish, weakened
 from confide.server.store import RoundRecord, Store
-from confide.simulations import partition
+from confide.simulations.cohort import read_cohort
 from confide.simulations.federation import Engine, Federation, declared, run_in_process
 from confide.simulations.insecure import InsecureSeededNoise
+from confide.simulations.setting import ENGINES, read_setting
 
-SETTING_FORMAT = "confide-setting/1"
 RUN_FORMAT = "confide-run/1"
-SPLITS = ("column", "iid", "dirichlet", "quantity")
-ENGINES = ("in-process", "flower")
 _EPSILON_POINTS = 12
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What a run needs beside its plan; it is kept in the run's directory, so that the run can be resumed.
-
-    Attributes:
-        model: The base model's directory.
-        data: The table of all sites' rows.
-        test: A table of held-out rows; if None, `test_share` of the persons is held out.
-        test_share: Between 0 and 1.
-        split: How the rows are shared out to sites, one of `SPLITS`.
-        column: The column that names each row's site, for the split `column`.
-        sites: How many sites, for the other splits.
-        concentration: The Dirichlet parameter, for the splits `dirichlet` and `quantity`.
-        seed: Fixes the split and every draw.
-        engine: How messages travel, one of `ENGINES`.
-        threads: Processor threads of torch, 0 for the plan's; equal bytes need equal numbers.
-        alone: Whether each site is also trained alone.
-        compare: Whether the head-only and the pooled comparisons are made.
-    """
-
-    model: Path
-    data: Path
-    test: Path | None
-    test_share: float
-    split: str
-    column: str | None
-    sites: int
-    concentration: float
-    seed: int
-    engine: str
-    threads: int
-    alone: bool
-    compare: bool
 
 
 class Watch(Protocol):
@@ -86,45 +48,6 @@ class Watch(Protocol):
     def note(self, line: str) -> None:
         """Something worth a line happened."""
         ...
-
-
-def begin(directory: Path, plan_file: Path, setting: Setting) -> None:
-    """Make a run's directory.
-
-    Raises:
-        RunError: It holds a run already.
-    """
-    if (directory / "setting.json").exists():
-        raise RunError(
-            f"{directory} holds a run already. Go on with it: confide simulate run --resume {directory} "
-            "Or give another --out."
-        )
-    load_plan(plan_file)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "plan.toml").write_bytes(plan_file.read_bytes())
-    fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(setting).items()}
-    text = json.dumps({"format": SETTING_FORMAT, **fields}, indent=2) + "\n"
-    (directory / "setting.json").write_text(text, encoding="utf-8")
-
-
-def read_setting(directory: Path) -> Setting:
-    """Return the setting that `begin` wrote.
-
-    Raises:
-        RunError: There is none, or it is damaged.
-    """
-    try:
-        fields = json.loads((directory / "setting.json").read_bytes())
-        if fields.pop("format") != SETTING_FORMAT:
-            raise ValueError
-        for name in ("model", "data", "test"):
-            fields[name] = None if fields[name] is None else Path(fields[name])
-        return Setting(**fields)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise RunError(
-            f"{directory} holds no readable setting.json, so there is no run to resume. Give the directory of a run "
-            "that `confide simulate run` began."
-        ) from None
 
 
 class Study:
@@ -148,7 +71,7 @@ class Study:
         watch.phase("Loading the base model and the rows", 3)
         self.model = attach(self.setting.model, self.plan)
         watch.advance()
-        self._rows()
+        self.cohort = read_cohort(self.setting, self.plan)
         watch.advance(2)
         self.cache = self._prefix()
         self._store = Store(directory)
@@ -160,9 +83,9 @@ class Study:
         adapter, status, claims = self._federated(self.directory, self.model)
         scores["federated"] = self._score("federated", lambda: adapter)
         if self.setting.alone:
-            scores["alone"] = {site: self._score(f"alone/{site}", self._alone(site)) for site in self.sites}
+            scores["alone"] = {site: self._score(f"alone/{site}", self._alone(site)) for site in self.cohort.sites}
         if self.setting.compare:
-            everyone = union(list(self.sites.values()))
+            everyone = union(list(self.cohort.sites.values()))
             scores["pooled"] = self._score("pooled", lambda: self._trained("pooled", everyone))
             scores["pooled_not_private"] = self._score(
                 "pooled_not_private", lambda: self._trained("pooled_not_private", everyone, private=False)
@@ -171,47 +94,11 @@ class Study:
         self._publish(adapter, status, claims)
         return self._write(scores, status, claims)
 
-    def _rows(self) -> None:
-        setting, plan = self.setting, self.plan
-        tokenizer = load_tokenizer(setting.model)
-        column = setting.column if setting.split == "column" else None
-        reading = read_examples(setting.data, plan, tokenizer, extra_column=column)
-        self.skipped = dict(reading.skipped)
-        examples, values = reading.examples, reading.column
-        if setting.test is not None:
-            train_rows, self.test = None, self._test_rows(setting.test, tokenizer)
-        else:
-            train_rows, test_rows = partition.held_out(examples, setting.test_share, setting.seed)
-            self.test = examples.subset(test_rows)
-            examples = examples.subset(train_rows)
-        if values is not None and train_rows is not None:
-            values = tuple(values[row] for row in train_rows)
-        least = plan.privacy.min_persons
-        match setting.split:
-            case "column":
-                if values is None:
-                    raise UsageError("--split column needs --column NAME: the column that names each row's site.")
-                rows = partition.by_column(values)
-            case "iid":
-                rows = partition.iid(examples, setting.sites, setting.seed)
-            case "dirichlet":
-                rows = partition.dirichlet(examples, setting.sites, setting.concentration, least, setting.seed)
-            case "quantity":
-                rows = partition.quantity(examples, setting.sites, setting.concentration, least, setting.seed)
-            case unknown:
-                raise UsageError(f"There is no split {unknown!r}. Known are {', '.join(SPLITS)}.")
-        self.sites: Mapping[str, Examples] = {site: examples.subset(r) for site, r in rows.items()}
-
-    def _test_rows(self, path: Path, tokenizer: Tokenizer) -> Examples:
-        reading = read_examples(path, self.plan, tokenizer)
-        self.skipped |= {f"{reason} (test)": count for reason, count in reading.skipped.items()}
-        return reading.examples
-
     def _prefix(self) -> PrefixCache | None:
         if not PrefixCache.helps(self.model):
             return None
         cache = PrefixCache(self.model, self.plan.compute.micro_batch)
-        parts = [*self.sites.values(), self.test]
+        parts = [*self.cohort.sites.values(), self.cohort.test]
         self._watch.phase("Computing the frozen layers once", sum(map(len, parts)))
         for part in parts:
             before = 0
@@ -223,7 +110,7 @@ class Study:
     def _federated(self, directory: Path, model: AdaptedModel) -> tuple[Floats, str, dict[str, Claim]]:
         """Return the last adapter, how the run ended, and what each site's persons are promised."""
         federation = Federation(
-            name=self.plan.name, model=model, sites=self.sites, cache=self.cache, seed=self.setting.seed
+            name=self.plan.name, model=model, sites=self.cohort.sites, cache=self.cache, seed=self.setting.seed
         )
         store = self._store if directory == self.directory else Store(directory)
         agents = federation.agents(directory / "sites")
@@ -244,21 +131,12 @@ class Study:
                 "The run failed: in no round did enough sites take part. Each site's reason is in "
                 f"{directory}/rounds; the full one is in this program's log."
             )
-        claims = {}
-        for site, agent in agents.items():
-            spends = agent.spends.spends
-            if spends:
-                claims[site] = Claim(
-                    epsilon=round(cost(spends, self.plan.privacy.delta).epsilon, 6),
-                    delta=self.plan.privacy.delta,
-                    noise_multiplier=max(spend.noise_multiplier for spend in spends),
-                    noise=spends[0].noise,
-                    steps=sum(spend.steps for spend in spends),
-                )
+        delta = self.plan.privacy.delta
+        claims = {site: claim(agent.spends.spends, delta) for site, agent in agents.items() if agent.spends.spends}
         return state.adapter, status, claims
 
     def _told(self, record: RoundRecord, model: AdaptedModel, store: Store) -> None:
-        found = evaluate(model, store.adapter(record.adapter, model.layout), self.test, self.cache)
+        found = evaluate(model, store.adapter(record.adapter, model.layout), self.cohort.test, self.cache)
         if model is self.model:
             self._history.append({"round": record.round, **found})
         void = "" if record.present else " (void)"
@@ -267,7 +145,7 @@ class Study:
         self._watch.note(f"round {record.round:>3}  {shown}  {len(record.present)} sites{void}{missing}")
 
     def _alone(self, site: str) -> Callable[[], Floats]:
-        return lambda: self._trained(f"alone/{site}", self.sites[site])
+        return lambda: self._trained(f"alone/{site}", self.cohort.sites[site])
 
     def _trained(self, name: str, examples: Examples, *, private: bool = True) -> Floats:
         """Return what the plan's training makes of one party's rows, without any federation."""
@@ -296,7 +174,7 @@ class Study:
         """Return the plan's score of an adapter, from the run's directory if it was measured before."""
         path = self.directory / "scores" / f"{name.replace('/', '--')}.json"
         if not path.exists():
-            found = evaluate(self.model, adapter(), self.test, self.cache)
+            found = evaluate(self.model, adapter(), self.cohort.test, self.cache)
             path.parent.mkdir(exist_ok=True)
             with whole(path) as draft:
                 draft.write_text(json.dumps(found), encoding="utf-8")
@@ -326,7 +204,7 @@ class Study:
 
     def _write(self, scores: Mapping[str, object], status: str, claims: Mapping[str, Claim]) -> dict[str, object]:
         plan, records = self.plan, self._store.records
-        spends = {site: _spends(self.directory / "sites" / f"{site}.jsonl") for site in self.sites}
+        spends = {site: _spends(self.directory / "sites" / f"{site}.jsonl") for site in self.cohort.sites}
         result: dict[str, object] = {
             "format": RUN_FORMAT,
             "status": status,
@@ -355,10 +233,10 @@ class Study:
                         label: int((examples.labels == index).sum()) for index, label in enumerate(plan.task.labels)
                     },
                 }
-                for site, examples in self.sites.items()
+                for site, examples in self.cohort.sites.items()
             },
-            "test_rows": len(self.test),
-            "skipped": self.skipped,
+            "test_rows": len(self.cohort.test),
+            "skipped": dict(self.cohort.skipped),
             "history": self._history,
             "round_records": [dataclasses.asdict(record) for record in records],
             "spends": spends,

@@ -2,30 +2,36 @@
 
 import ast
 import doctest
+import importlib
 import importlib.metadata
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 
-from confide.common import errors
+from confide.common import cli, errors
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 PACKAGES = ("client", "common", "server", "simulations")
 HEAVY = ("torch", "flwr", "dp_accounting", "transformers", "peft", "opacus", "datasets", "ray")
-PAGES_WITH_EXAMPLES = [
-    page
-    for page in sorted((ROOT / "docs").rglob("*.md"))
-    if "generated" not in page.parts and "```pycon" in page.read_text(encoding="utf-8")
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md") if (ROOT / name).exists()),
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if not {"generated", "_build"} & set(page.parts)),
 ]
+PAGES_WITH_EXAMPLES = [page for page in PAGES if "```pycon" in page.read_text(encoding="utf-8")]
+PAGES_WITH_SESSIONS = [page for page in PAGES if "```console" in page.read_text(encoding="utf-8")]
 
 MAIN_WITH_HELP = """
 import sys
@@ -160,6 +166,114 @@ def test_examples_in_the_documentation_go_as_shown(page: Path, tmp_path: Path, m
 
     assert result.attempted > 0
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_SESSIONS, ids=lambda page: page.stem)
+def test_sessions_in_the_documentation_go_as_shown(page: Path, tmp_path: Path) -> None:
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": programs, "COLUMNS": "80"}
+    checker, how = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    steps = [
+        step.partition("\n")
+        for session in re.findall(
+            r"^```console\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+        )
+        for step in re.split(r"^\$ ", session, flags=re.MULTILINE)[1:]
+    ]
+
+    for command, _, shown in steps:
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path, env=environment, check=False, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+        assert checker.check_output(shown, done.stdout, how), f"$ {command}\n{done.stdout}"
+    assert steps
+
+
+def test_commands_in_the_documentation_exist_with_their_options() -> None:
+    unknown, found = [], 0
+    for page in PAGES:
+        for command in _commands_of(page):
+            found += 1
+            unknown += [f"{page.name}: {fault}" for fault in _unknown_in(command)]
+
+    assert not unknown
+    assert found > 30
+
+
+def test_tests_that_the_documentation_names_exist() -> None:
+    known = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in (file.stem, *re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE))
+    }
+
+    named = {
+        name for page in PAGES for name in re.findall(r"\btest(?:_[a-z0-9]+){3,}", page.read_text(encoding="utf-8"))
+    }
+
+    assert named <= known
+    assert len(named) > 30
+
+
+def test_rooms_has_a_line_for_every_file() -> None:
+    rooms = (ROOT / "docs" / "explanation" / "rooms.md").read_text(encoding="utf-8")
+    for package in PACKAGES:
+        chapter = rooms.partition(f"## {package}:")[2].partition("\n## ")[0]
+        lines = re.findall(r"^\| (`.*?`) \| (.*) \|$", chapter, re.MULTILINE)
+        told = {name for names, _ in lines for name in re.findall(r"`(\w+)`", names)}
+        to_come = {
+            name for names, says in lines if says.startswith("to come") for name in re.findall(r"`(\w+)`", names)
+        }
+        files = {file.stem for file in (ROOT / package).glob("*.py")} - {"__init__"}
+
+        assert told - to_come == files
+
+
+def test_the_command_page_shows_every_command_and_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import generate  # type: ignore[import-not-found]  # not a package: Sphinx runs it
+
+    page = generate.cli_page()
+
+    for group in cli._GROUPS:
+        for name, command in _group(group).commands.items():
+            chapter = page.partition(f"### `confide {group} {name}`")[2].partition("\n##")[0]
+            for parameter in command.params:
+                word = parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar
+                assert re.search(rf"^\| `{word}\b", chapter, re.MULTILINE), f"{group} {name} {word}"
+            assert command.epilog.removeprefix("Example: ") in chapter
+
+
+def _commands_of(page: Path) -> Iterator[str]:
+    """Yield every call of `confide` on a page, in fences and in the text."""
+    text = page.read_text(encoding="utf-8")
+    for fence in re.findall(r"^```(?:shell|sh|console)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        for line in fence.replace("\\\n", " ").splitlines():
+            if call := re.match(r"(?:\$ )?(?:\S*/)?(confide .*)", line):
+                yield call[1]
+    for span in re.findall(r"`(confide [^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)):
+        yield " ".join(span.split())
+
+
+def _unknown_in(command: str) -> Iterator[str]:
+    words = [word for word in shlex.split(command, comments=True)[1:] if word not in {"…", "..."}]
+    if not words or words[0].startswith("-"):
+        return
+    if words[0] not in cli._GROUPS:
+        yield f"{command}: no group {words[0]}"
+        return
+    commands = _group(words[0]).commands
+    if len(words) > 1 and words[1] not in commands:
+        yield f"{command}: no command {words[1]}"
+    elif len(words) > 1:
+        known = {"--help", *(o for p in commands[words[1]].params for o in (*p.opts, *p.secondary_opts))}
+        yield from (f"{command}: no option {word}" for word in words[2:] if word.startswith("--") and word not in known)
+
+
+def _group(name: str) -> Any:
+    return typer.main.get_command(importlib.import_module(cli._GROUPS[name][0]).app)
 
 
 def _copy_packages(destination: Path) -> None:

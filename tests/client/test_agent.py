@@ -186,7 +186,7 @@ def test_a_site_below_the_plans_least_persons_does_not_take_part(
 def test_a_site_too_large_for_the_plans_delta_does_not_take_part(
     model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples
 ) -> None:
-    with pytest.raises(PrivacyError, match="delta = 0.001 is not below 1 / 1000"):
+    with pytest.raises(PrivacyError, match=r"delta = 0\.001 is not below 1 / 1000"):
         Agent(
             site="large",
             plan=model.plan,

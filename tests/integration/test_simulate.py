@@ -231,8 +231,8 @@ def test_prefix_cache_and_micro_batch_do_not_change_what_is_learned(
         ),
         (
             ("simulate", "run", "{plan}", "--model", "{base}", "--data", "{table}", "--sites", "2", "--out", "{out}"),
-            10,
-            "2 sites; the plan allows 3 to 16",
+            2,
+            "split into 2 sites; the plan allows 3 to 16",
         ),
         (
             ("simulate", "run", "{plan}", "--model", "{base}", "--data", "{table}", "--sites", "9", "--out", "{out}"),
@@ -274,6 +274,22 @@ def test_wrong_calls_say_what_is_wrong(
     assert found == code
     assert fragment in told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("name", ["", "../../etc", "a/b", "line\nbreak", ".", "x" * 64, "naïve"])
+def test_a_site_whose_name_is_no_name_is_refused(
+    tmp_path: Path, plan_file: Path, base_directory: Path, table: Path, name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    quoted = '"' + name + '"' if "\n" in name else name
+    table.write_text(table.read_text().replace("clinic-2", quoted))
+
+    code = simulate(tmp_path / "run", plan_file, base_directory, table, *BY_CLINIC)
+
+    assert code in {2, 4}
+    told = capsys.readouterr().err
+    assert "Rename the sites" in told or "missing value" in told
+    assert not list(tmp_path.glob("**/*.jsonl"))
 
 
 def test_a_directory_that_holds_a_run_is_not_overwritten(

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -146,6 +147,22 @@ def test_a_node_that_fails_is_absent(reply: Callable[[Message], Message | None])
     answers = ask(DirectGrid(3, tamper), "abc", timeout_s=2)
 
     assert sorted(answers) == ["a", "c"]
+
+
+@pytest.mark.usefixtures("agents")
+def test_who_takes_answers_slowly_loses_none_that_came_in_time() -> None:
+    class Halting(DirectGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            ready = list(message_ids)
+            return super().pull_messages(ready[:1] if len(ready) == 3 else ready)
+
+    messages = {site: Envelope(body=b"") for site in "abc"}
+    answers = []
+    for site, _ in GridChannel(Halting(3, untouched), patience_s=5).ask(messages, timeout_s=2):
+        answers.append(site)
+        time.sleep(2.5 if len(answers) == 1 else 0)
+
+    assert sorted(answers) == ["a", "b", "c"]
 
 
 @pytest.mark.usefixtures("agents")

@@ -1,6 +1,7 @@
 """What only a simulation may do: sums that nothing hides, and noise from a seed."""
 
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -79,6 +80,27 @@ def test_the_contributions_themselves_are_left_as_they_were() -> None:
         message = open_envelope(envelope)
         assert isinstance(message, Contribution)
         assert message.words.tolist() == [7] * 4
+
+
+def test_an_answer_is_let_go_before_the_next_but_one_is_made() -> None:
+    alive: list[int] = []
+
+    class Fresh:
+        def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Iterator[tuple[str, Envelope]]:
+            made: list[weakref.ref[np.ndarray[tuple[int], np.dtype[np.uint32]]]] = []
+            for site in messages:
+                alive.append(sum(words() is not None for words in made))
+                fresh = vector([1, 2, 3, 4])
+                made.append(weakref.ref(fresh.words))
+                answer = seal(InsecurePlainSum().protect(fresh, OFFER))
+                del fresh
+                yield site, answer
+                del answer
+
+    collected = InsecurePlainSum().collect(Fresh(), OFFER, [f"site-{n}" for n in range(8)], RING, 3, 1.0)
+
+    assert collected.total is not None
+    assert alive == [0, 1, 1, 1, 1, 1, 1, 1]
 
 
 def draws(seed: int, site: str, number: int) -> tuple[bytes, bytes]:

@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
+from confide.client.mechanism import Mechanism, Randomness, Trainer
 from confide.client.spends import SpendLog
-from confide.client.trainer import Mechanism, Randomness, Trainer
 from confide.common.errors import ConfideError, DataError, PrivacyError, Refused
 from confide.common.messages import Contribution, Envelope, Failure, Message, Offer, open_envelope, seal
 from confide.common.plan import Plan
@@ -35,6 +35,7 @@ class Agent:
 
     Args:
         site: The site's name.
+        run: The run's name; offers of another are refused.
         plan: The plan the site agreed to; offers under another are refused.
         trainer: Holds the model and the site's rows, and trains on them.
         declared_persons: N, the rounded public number of persons that sets the divisor q·N.
@@ -52,6 +53,7 @@ class Agent:
         self,
         *,
         site: str,
+        run: str,
         plan: Plan,
         trainer: Trainer,
         declared_persons: int,
@@ -72,13 +74,15 @@ class Agent:
             )
         self.site = site
         self.spends = spends
+        self._run = run
         self._plan = plan
         self._trainer = trainer
         self._mechanism = Mechanism.of(plan.privacy, declared_persons)
         self._ring = ring
         self._randomness = randomness
         self._protection = protection
-        self._kept: dict[tuple[str, int], RingVector] = {}
+        self._kept: dict[int, RingVector] = {}
+        self._started_from: dict[int, str] = {}
         self._lock = threading.Lock()
 
     def answer(self, envelope: Envelope) -> Envelope:
@@ -104,12 +108,14 @@ class Agent:
     def _contribute(self, offer: Offer) -> Contribution:
         """Train once per (run, round); a further attempt of that round protects the same vector again."""
         self._check(offer)
-        key = (offer.run, offer.round)
-        vector = self._kept.get(key) or self._train(offer)
-        self._kept = {key: vector} if self._protection.retries else {}  # vectors of earlier rounds are forgotten
+        vector = self._kept.get(offer.round) or self._train(offer)
+        self._kept = {offer.round: vector} if self._protection.retries else {}  # earlier rounds' are forgotten
         return self._protection.protect(vector, offer)
 
     def _train(self, offer: Offer) -> RingVector:
+        # The same draws on another adapter would cancel out in the difference of the two answers.
+        if self._started_from.setdefault(offer.round, offer.adapter_digest) != offer.adapter_digest:
+            raise Refused(f"Site {self.site} refuses round {offer.round}: it was trained from another adapter already.")
         randomness = self._randomness(offer.round)
         self.spends.reserve(self._mechanism.spend(offer.round, randomness.name))
         delta = self._trainer.train(offer.adapter, self._mechanism, randomness)
@@ -118,6 +124,7 @@ class Agent:
     def _check(self, offer: Offer) -> None:
         plan = self._plan
         faults = {
+            "the run is another one": offer.run != self._run,
             "the plan is another one": offer.plan != plan.digest,
             "the adapter's layout is another one": offer.layout != self._trainer.layout_digest,
             "the round is outside the plan": not 1 <= offer.round <= plan.privacy.rounds,

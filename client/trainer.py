@@ -7,10 +7,8 @@ counted as any other.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from contextlib import closing
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,88 +17,14 @@ from opacus.grad_sample import GradSampleHooks
 from torch import nn
 from torch.nn import functional as F
 
-from confide.common.accounting import Spend, noise_multiplier
+from confide.client.mechanism import Delta, Mechanism, Randomness
 from confide.common.adapter import Floats
 from confide.common.errors import DataError, ModelError, PrivacyError
 from confide.common.examples import Examples, Ints
 from confide.common.model import AdaptedModel, PrefixCache
-from confide.common.plan import Privacy, Training
+from confide.common.plan import Training
 
 _SUPPORTED = (nn.Linear, nn.LayerNorm)
-
-
-class Randomness(Protocol):
-    """Where one round's draws come from. Real sites take fresh entropy; seeded kinds say so in their name."""
-
-    name: str
-
-    def uniforms(self, count: int) -> npt.NDArray[np.float64]:
-        """Return independent uniforms in [0, 1), (count,)."""
-        ...
-
-    def gaussian(self, count: int) -> npt.NDArray[np.float64]:
-        """Return independent standard normals, (count,)."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Mechanism:
-    """What is done to gradients in one round.
-
-    Attributes:
-        sampling_rate: q.
-        clip_norm: Largest L2 norm of a person's gradient; infinite only without privacy.
-        noise_multiplier: σ; noise has the standard deviation σ × clip_norm. 0 only without privacy.
-        steps: Steps in the round.
-        divisor: q·N with the declared N, a constant.
-    """
-
-    sampling_rate: float
-    clip_norm: float
-    noise_multiplier: float
-    steps: int
-    divisor: float
-
-    @classmethod
-    def of(cls, privacy: Privacy, declared_persons: int) -> "Mechanism":
-        """Return the plan's mechanism at a site that declares so many persons."""
-        return cls(
-            sampling_rate=privacy.sampling_rate,
-            clip_norm=privacy.clip_norm,
-            noise_multiplier=noise_multiplier(privacy),
-            steps=privacy.steps_per_round,
-            divisor=privacy.sampling_rate * declared_persons,
-        )
-
-    def insecure_no_noise(self) -> "Mechanism":
-        """Return the same without clipping and noise: no privacy at all, for comparisons in simulations."""
-        return dataclasses.replace(self, clip_norm=math.inf, noise_multiplier=0.0)
-
-    def spend(self, number: int, randomness: str) -> Spend:
-        """Return what round `number` costs.
-
-        Raises:
-            PrivacyError: The mechanism has no privacy, so no cost can be named.
-        """
-        return Spend(
-            round=number,
-            sampling_rate=self.sampling_rate,
-            noise_multiplier=self.noise_multiplier,
-            steps=self.steps,
-            clip_norm=self.clip_norm,
-            divisor=self.divisor,
-            noise=randomness,
-        )
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Delta:
-    """New trainable weights minus received ones. It has no encoder: it cannot be sent."""
-
-    values: Floats
-
-    def __repr__(self) -> str:
-        return f"<Delta of {len(self.values)} values>"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,17 +95,6 @@ def _noised(total: ClippedSum, mechanism: Mechanism, randomness: Randomness) -> 
         return total.values
     deviation = mechanism.noise_multiplier * mechanism.clip_norm
     return total.values + deviation * randomness.gaussian(len(total.values))
-
-
-class Trainer(Protocol):
-    """What an agent needs of whatever trains for it."""
-
-    person_count: int
-    layout_digest: str
-
-    def train(self, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:
-        """Return what one round of private training made of `start`."""
-        ...
 
 
 class PrivateTrainer:

@@ -5,9 +5,10 @@ Nothing is ever downloaded and no code in the directory is ever run: weights are
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
-from confide.common.errors import ModelError
+from confide.common.errors import ModelError, UsageError
 
 # Files that decide what the model computes. Others (README, training configurations) do not enter the digest.
 _DECISIVE = (
@@ -24,7 +25,6 @@ _DECISIVE = (
     "sentencepiece.bpe.model",
     "model.safetensors.index.json",
 )
-_BLOCK = 1 << 20
 
 
 def base_digest(directory: Path) -> str:
@@ -40,16 +40,22 @@ def base_digest(directory: Path) -> str:
     Raises:
         ModelError: There is no such directory, no safetensors file in it or no `config.json`.
     """
+    return files_digest(sorted(_decisive_files(directory), key=lambda file: file.name))
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """Return SHA-256 over the lines `sha256-of-file  name` of the given files, in their order.
+
+    Raises:
+        UsageError: A file cannot be read.
+    """
     lines = []
-    for file in sorted(_decisive_files(directory), key=lambda file: file.name):
-        digest = hashlib.sha256()
+    for file in files:
         try:
             with file.open("rb") as stream:
-                while block := stream.read(_BLOCK):
-                    digest.update(block)
+                lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.name}\n")
         except OSError as error:
-            raise ModelError(f"Cannot read {file}: {error.strerror or error}.") from None
-        lines.append(f"{digest.hexdigest()}  {file.name}\n")
+            raise UsageError(f"Cannot read {file}: {error.strerror or error}.") from None
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

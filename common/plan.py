@@ -222,7 +222,7 @@ class Federation:
         "Momentum of fedavgm, or beta 1 of fedadam; 0.9 if absent.", default=None, at_least=0, below=1
     )
     update_bound: float | None = setting(
-        "The largest L2 norm of a site's update that the ring encodes; longer ones are scaled down and counted. "
+        "The largest L2 norm of a site's update that the ring encodes; longer ones are scaled down. "
         "If absent it follows from the learning rates and steps.",
         default=None,
         above=0,

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from confide.client.agent import Agent
+from confide.client.mechanism import Delta, Mechanism, Randomness
 from confide.client.spends import SpendLog
-from confide.client.trainer import Delta, Mechanism, Randomness
 from confide.common.adapter import Floats, Layout
 from confide.common.errors import RunError, UsageError
 from confide.common.plan import Plan, load_plan
@@ -150,6 +150,7 @@ def constant_rounds(sites: int, parameters: int, rounds: int, folder: Path) -> l
 def _constant_agent(site: str, plan: Plan, layout: Layout, ring: RingLayout, folder: Path) -> Agent:
     return Agent(
         site=site,
+        run="bench",
         plan=plan,
         trainer=ConstantTrainer(layout),
         declared_persons=ConstantTrainer.person_count,

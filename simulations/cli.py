@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from confide.common.cli import quiet_libraries
-from confide.common.errors import ConfideError, RunError, UsageError
+from confide.common.errors import ConfideError, UsageError
 from confide.simulations.scenarios import SCENARIOS, demo_model, scenario
 
 app = typer.Typer(rich_markup_mode=None)
@@ -103,32 +103,10 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Watch three institutions fine-tune a real model on real text, each under its own epsilon."""
-    chosen = scenario(name)
-    model = demo_model()
-    from confide.simulations.setting import Setting, begin
-
     directory = out or _directory(name)
-    if (directory / "setting.json").exists():
-        raise RunError(f"{directory} holds a run already. Go on with it: confide simulate run --resume {directory}")
-    data, test = chosen.prepare(directory / "data")
-    setting = Setting(
-        model=model,
-        data=data.resolve(),
-        test=test.resolve(),
-        test_share=0.2,
-        split="column",
-        column=chosen.column,
-        sites=3,
-        concentration=0.5,
-        seed=seed,
-        engine=engine,
-        threads=threads,
-        alone=True,
-        compare=compare,
-    )
-    begin(directory, chosen.plan, setting)
+    _begin_demo(name, directory, seed=seed, engine=engine, threads=threads, compare=compare)
     if not as_json:
-        Console().print(f"{chosen.says} Real data, real model, simulated sites.\n", highlight=False)
+        Console().print(f"{scenario(name).says} Real data, real model, simulated sites.\n", highlight=False)
     _run(directory, as_json=as_json)
 
 
@@ -155,10 +133,11 @@ def repeat(
     for seed in numbers:
         directory = root / f"seed-{seed}"
         if not (directory / "run.json").exists():
-            if (directory / "setting.json").exists():
-                _run(directory, as_json=as_json, quiet=True)
-            else:
-                demo(name, seed=seed, compare=compare, threads=threads, out=directory, as_json=as_json)
+            if not (directory / "setting.json").exists():
+                _begin_demo(name, directory, seed=seed, engine="in-process", threads=threads, compare=compare)
+            if not as_json:
+                Console().print(f"seed {seed}", style="bold")
+            _run(directory, as_json=as_json, show=False)
         results.append(json.loads((directory / "run.json").read_bytes()))
     rows = summary(results)
     if as_json:
@@ -200,13 +179,38 @@ def _directory(name: str) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _run(directory: Path, *, as_json: bool, quiet: bool = False) -> None:
+def _begin_demo(name: str, directory: Path, *, seed: int, engine: str, threads: int, compare: bool) -> None:
+    """Make the run's directory and the scenario's tables in it."""
+    from confide.simulations.setting import Setting, begin, check_fresh
+
+    chosen, model = scenario(name), demo_model()
+    check_fresh(directory)
+    data, test = chosen.prepare(directory / "data")
+    setting = Setting(
+        model=model,
+        data=data.resolve(),
+        test=test.resolve(),
+        test_share=0.2,
+        split="column",
+        column=chosen.column,
+        sites=3,
+        concentration=0.5,
+        seed=seed,
+        engine=engine,
+        threads=threads,
+        alone=True,
+        compare=compare,
+    )
+    begin(directory, chosen.plan, setting)
+
+
+def _run(directory: Path, *, as_json: bool, show: bool = True) -> None:
     """Run or resume the run in `directory`, live; leave it resumable on Ctrl-C."""
     from confide.simulations.figures import draw
     from confide.simulations.study import Study
 
     quiet_libraries()
-    watch = _Screen(quiet=as_json or quiet)
+    watch = _Screen(quiet=as_json)
     try:
         with watch:
             result = Study(directory, watch).run()
@@ -218,10 +222,9 @@ def _run(directory: Path, *, as_json: bool, quiet: bool = False) -> None:
         if (directory / "rounds").exists():
             typer.echo(f"The run's directory is {directory}.", err=True)
         raise
-    if as_json:
-        if not quiet:
-            _print_json(result)
-    elif not quiet:
+    if show and as_json:
+        _print_json(result)
+    elif show:
         _show(result, directory)
 
 

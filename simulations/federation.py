@@ -64,6 +64,7 @@ class Federation:
 
         return Agent(
             site=site,
+            run=self.name,
             plan=self.plan,
             trainer=PrivateTrainer(self.model, self.sites[site], self.cache),
             declared_persons=declared(self.sites[site].person_count),

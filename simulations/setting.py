@@ -4,7 +4,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from confide.common.errors import RunError
+from confide.common.base import files_digest
+from confide.common.disk import whole
+from confide.common.errors import RunError, UsageError
 from confide.common.plan import load_plan
 
 FORMAT = "confide-setting/1"
@@ -47,40 +49,71 @@ class Setting:
     compare: bool
 
 
-def begin(directory: Path, plan_file: Path, setting: Setting) -> None:
-    """Make a run's directory.
+def check_fresh(directory: Path) -> None:
+    """Return if no run was begun in `directory`.
 
     Raises:
-        RunError: It holds a run already.
+        RunError: One was.
     """
     if (directory / "setting.json").exists():
         raise RunError(
             f"{directory} holds a run already. Go on with it: confide simulate run --resume {directory} "
             "Or give another --out."
         )
+
+
+def begin(directory: Path, plan_file: Path, setting: Setting) -> None:
+    """Make a run's directory, with the plan, the setting and the digests of the tables in it.
+
+    Raises:
+        RunError: It holds a run already.
+        UsageError: It cannot be written to.
+    """
+    check_fresh(directory)
     load_plan(plan_file)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "plan.toml").write_bytes(plan_file.read_bytes())
     fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(setting).items()}
-    text = json.dumps({"format": FORMAT, **fields}, indent=2) + "\n"
-    (directory / "setting.json").write_text(text, encoding="utf-8")
+    tree = {"format": FORMAT, **fields, "tables": _tables(setting)}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "plan.toml").write_bytes(plan_file.read_bytes())
+        with whole(directory / "setting.json") as draft:
+            draft.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"Cannot write to {directory}: {error.strerror or error}. Give another --out.") from None
 
 
 def read_setting(directory: Path) -> Setting:
     """Return the setting that `begin` wrote.
 
     Raises:
-        RunError: There is none, or it is damaged.
+        RunError: There is none, it is damaged, or a table has changed since.
     """
     try:
         fields = json.loads((directory / "setting.json").read_bytes())
         if fields.pop("format") != FORMAT:
             raise ValueError
+        tables = fields.pop("tables")
         for name in ("model", "data", "test"):
             fields[name] = None if fields[name] is None else Path(fields[name])
-        return Setting(**fields)
+        setting = Setting(**fields)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise RunError(
             f"{directory} holds no readable setting.json, so there is no run to resume. Give the directory of a run "
             "that `confide simulate run` began."
         ) from None
+    if _tables(setting) != tables:
+        raise RunError(
+            f"A table of the run in {directory} has changed since it began, so it cannot go on as it began. Restore the "
+            "table, or begin anew with another --out."
+        )
+    return setting
+
+
+def _tables(setting: Setting) -> dict[str, str]:
+    """Return the digests of the tables, each a file or a directory of files."""
+    digests = {}
+    for name, path in (("data", setting.data), ("test", setting.test)):
+        if path is not None:
+            files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+            digests[name] = files_digest(files)
+    return digests

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from confide.client.agent import Agent
-from confide.client.trainer import Mechanism, PrivateTrainer
+from confide.client.mechanism import Mechanism
+from confide.client.trainer import PrivateTrainer
 from confide.common.accounting import noise_multiplier, planned_cost
 from confide.common.adapter import Floats
 from confide.common.disk import whole
@@ -122,9 +123,8 @@ class Study:
             self._told(record, model, store)
             self._watch.advance(len(agents))
         watched = {site: _Watched(site, agent, self._watch) for site, agent in agents.items()}
-        status = _engine(self.setting.engine)(
-            federation.run(), watched, store, start, lambda record: self._told(record, model, store)
-        )
+        engine = _engine(self.setting.engine) if model is self.model else run_in_process  # comparisons need no Flower
+        status = engine(federation.run(), watched, store, start, lambda record: self._told(record, model, store))
         state = store.latest(model.layout)
         if state is None or status == "failed":
             raise RunError(

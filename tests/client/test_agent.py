@@ -48,6 +48,7 @@ def make_agent(
 ) -> Agent:
     return Agent(
         site="north",
+        run="tiny",
         plan=model.plan,
         trainer=PrivateTrainer(model, make_examples(30, seed=1)),
         declared_persons=30,
@@ -108,6 +109,14 @@ def test_the_spend_is_on_disk_before_the_first_private_gradient(
     assert isinstance(answer, Failure)
 
 
+def test_a_round_is_never_trained_from_two_adapters(agent: Agent, model: AdaptedModel) -> None:
+    asked(agent, offer(model))
+
+    answer = asked(agent, dataclasses.replace(offer(model), adapter=model.start + 1))
+
+    assert answer == Failure(error="Refused", sentence="The site refused.")
+
+
 def test_a_restarted_simulation_repeats_an_interrupted_round_to_the_same_bytes(
     agent: Agent, model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples, tmp_path: Path
 ) -> None:
@@ -125,6 +134,7 @@ def test_a_restarted_simulation_repeats_an_interrupted_round_to_the_same_bytes(
 @pytest.mark.parametrize(
     "change",
     [
+        {"run": "another"},
         {"plan": "sha256:" + "0" * 64},
         {"layout": "sha256:" + "0" * 64},
         {"round": 0},
@@ -173,6 +183,7 @@ def test_a_site_below_the_plans_least_persons_does_not_take_part(
     with pytest.raises(DataError, match="has 9 persons; the plan asks for at least 10"):
         Agent(
             site="small",
+            run="tiny",
             plan=model.plan,
             trainer=PrivateTrainer(model, make_examples(9, seed=0)),
             declared_persons=9,
@@ -189,6 +200,7 @@ def test_a_site_too_large_for_the_plans_delta_does_not_take_part(
     with pytest.raises(PrivacyError, match=r"delta = 0\.001 is not below 1 / 1000"):
         Agent(
             site="large",
+            run="tiny",
             plan=model.plan,
             trainer=PrivateTrainer(model, make_examples(30, seed=0)),
             declared_persons=1000,

@@ -12,7 +12,8 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
-from confide.client.trainer import Mechanism, PersonGradients, train
+from confide.client.mechanism import Mechanism
+from confide.client.trainer import PersonGradients, train
 from confide.common.accounting import noise_multiplier
 from confide.common.errors import DataError, ModelError, PrivacyError
 from confide.common.examples import Examples

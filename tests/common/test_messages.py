@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies
 from hypothesis.extra import numpy as arrays
 
-from confide.client.trainer import Delta
+from confide.client.mechanism import Delta
 from confide.common.canonical import canonical_bytes
 from confide.common.errors import ConfideError, DataError, MessageError, Refused
 from confide.common.messages import (

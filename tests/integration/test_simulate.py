@@ -132,6 +132,27 @@ def test_a_run_stopped_in_any_round_resumes_to_the_same_bytes(
         assert stopped[key] == whole[key]
 
 
+def test_a_run_whose_table_changed_is_not_resumed(
+    tmp_path: Path, plan_file: Path, base_directory: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simulate(tmp_path / "run", plan_file, base_directory, table, *BY_CLINIC, "--no-alone") == 0
+    table.write_text(table.read_text() + "good,positive,clinic-1\n")
+
+    assert run("simulate", "run", "--resume", tmp_path / "run") == 10
+
+    assert "has changed since it began" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_made_is_a_clear_error(
+    tmp_path: Path, plan_file: Path, base_directory: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+
+    assert simulate(tmp_path / "file" / "run", plan_file, base_directory, table) == 2
+
+    assert "Cannot write to" in capsys.readouterr().err
+
+
 def test_another_seed_gives_another_adapter(tmp_path: Path, plan_file: Path, base_directory: Path, table: Path) -> None:
     simulate(tmp_path / "a", plan_file, base_directory, table, *BY_CLINIC, "--no-alone")
     simulate(tmp_path / "b", plan_file, base_directory, table, *BY_CLINIC, "--no-alone", "--seed", 1)

@@ -1,4 +1,4 @@
 """What runs beside the data: it reads rows, trains privately, and decides what may leave.
 
-Read in this order: data, trainer, agent, postbox, app.
+Read in this order: table, data, mechanism, trainer, agent, postbox, app.
 """

@@ -12,7 +12,7 @@ from confide.common.cli import quiet_libraries
 from confide.common.errors import AdapterError, UsageError
 from confide.common.plan import Plan, load_plan
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer()
 
 AdapterDir = Annotated[Path, typer.Argument(help="An adapter's directory.", metavar="ADAPTER")]
 ModelDir = Annotated[Path, typer.Option("--model", help="The base model's local directory.", metavar="DIR")]

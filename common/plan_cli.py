@@ -10,7 +10,7 @@ from confide.common.base import base_digest, check_base, model_type
 from confide.common.errors import UsageError
 from confide.common.plan import differences, load_plan, starter
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer()
 
 PlanFile = Annotated[Path, typer.Argument(help="The plan, a TOML file.", metavar="PLAN")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -15,7 +15,7 @@ from confide.common.cli import quiet_libraries
 from confide.common.errors import ConfideError, UsageError
 from confide.simulations.scenarios import SCENARIOS, demo_model, scenario
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Seed = Annotated[int, typer.Option(min=0, help="Fixes the split and every draw.")]

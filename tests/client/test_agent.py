@@ -1,6 +1,8 @@
 """What a site does with what it is sent."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -209,3 +211,9 @@ def test_a_site_too_large_for_the_plans_delta_does_not_take_part(
             protection=InsecurePlainSum(),
             spends=SpendLog(),
         )
+
+
+def test_the_agent_loads_no_torch() -> None:
+    code = "import sys, confide.client.agent; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

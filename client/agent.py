@@ -76,6 +76,7 @@ class Agent:
         self.spends = spends
         self._run = run
         self._plan = plan
+        self._plan_digest = plan.digest
         self._trainer = trainer
         self._mechanism = Mechanism.of(plan.privacy, declared_persons)
         self._ring = ring
@@ -125,7 +126,7 @@ class Agent:
         plan = self._plan
         faults = {
             "the run is another one": offer.run != self._run,
-            "the plan is another one": offer.plan != plan.digest,
+            "the plan is another one": offer.plan != self._plan_digest,
             "the adapter's layout is another one": offer.layout != self._trainer.layout_digest,
             "the round is outside the plan": not 1 <= offer.round <= plan.privacy.rounds,
             "the cohort is smaller than the plan allows": offer.sites < plan.federation.min_sites,

@@ -178,5 +178,7 @@ def encode(update: Floats, layout: RingLayout, uniforms: Uniforms) -> RingVector
     bounded = norm > layout.update_bound
     values *= layout.scale * (layout.update_bound / norm if bounded else 1.0)
     below = np.floor(values)
-    rounded = below + (uniforms(layout.length) < values - below)
-    return RingVector(words=rounded.astype(np.int64).astype(np.uint32), layout=layout, bounded=bounded)
+    values -= below
+    words = below.astype(np.int32)  # the layout proves that they fit, with the one that rounding may add
+    words += uniforms(layout.length) < values
+    return RingVector(words=words.view(np.uint32), layout=layout, bounded=bounded)

@@ -101,7 +101,7 @@ def federation(note: Note) -> Mapping[str, Figure]:
         with tempfile.TemporaryDirectory() as folder:
             ours.append(statistics.median(constant_rounds(SITES, PARAMETERS, rounds=20, folder=Path(folder))))
         note("  the same rounds with a Flower client that loads its base model for each message")
-        theirs.append(statistics.median(reload_rounds(model, SITES, PARAMETERS, rounds=5)))
+        theirs.append(statistics.median(reload_rounds(model, SITES, rounds=5)))
         note("  peak memory with 50 and with 5 sites, base model loaded, one process each")
         growth.append(_peak_mb(50) / _peak_mb(5))
     ratios = [their / our for their, our in zip(theirs, ours, strict=True)]

@@ -1,7 +1,8 @@
 """The peer of the benchmarks: rounds as a usual Flower app runs them, with training replaced by a constant update.
 
 The server averages with Flower's own FedAvg. The client does for each message what apps for language models do: it
-loads the base model, attaches a LoRA adapter, trains, here by adding a constant, and replies with the arrays. Ray, its
+loads the base model, attaches a LoRA adapter, sets its weights to what it received, trains, here by adding a constant,
+and replies with the adapter's weights. Ray, its
 actors and what they keep between messages are as Flower sets them up; so libraries are imported once per actor.
 """
 
@@ -32,19 +33,20 @@ server = ServerApp()
 client = ClientApp()
 
 
-def reload_rounds(model: Path, sites: int, parameters: int, rounds: int) -> list[float]:
+def reload_rounds(model: Path, sites: int, rounds: int) -> list[float]:
     """Return the seconds of each round, from the end of the one before; the first, in which Ray starts, is left out.
+
+    What travels is a LoRA adapter of rank 32 with its head: for the demo's model 296,067 parameters.
 
     Args:
         model: The base model's directory.
         sites: How many clients take part in every round.
-        parameters: The length of the vector that travels.
         rounds: How many rounds are timed.
 
     Raises:
         RunError: Flower failed, or a client did.
     """
-    settings = {"model": str(model.resolve()), "sites": sites, "parameters": parameters, "rounds": rounds + 1}
+    settings = {"model": str(model.resolve()), "sites": sites, "rounds": rounds + 1}
     job = FlowerJob(
         server_app="confide.simulations.flower_peer:server",
         client_app="confide.simulations.flower_peer:client",
@@ -79,10 +81,12 @@ def serve(grid: Grid, context: Context) -> None:
         strategy = FedAvg(
             fraction_evaluate=0.0, min_train_nodes=sites, min_available_nodes=sites, train_metrics_aggr_fn=_count
         )
-        start = ArrayRecord([np.zeros(settings["parameters"], np.float32)])
+        start = _weights(_load(settings["model"]))
+        before = start.to_numpy_ndarrays()
         result = strategy.start(grid, start, num_rounds=rounds, evaluate_fn=note_end)
         counts = [metrics["clients"] for metrics in result.train_metrics_clientapp.values()]
-        if counts != [sites] * rounds or not np.allclose(result.arrays.to_numpy_ndarrays()[0], rounds * UPDATE):
+        moved = zip(result.arrays.to_numpy_ndarrays(), before, strict=True)
+        if counts != [sites] * rounds or not all(np.allclose(a, b + rounds * UPDATE, atol=1e-5) for a, b in moved):
             raise RunError(f"Of {sites} clients there took part in each of {rounds} rounds: {counts}.")
         draft = folder / f"{_TICKS}.part"
         draft.write_text(json.dumps([ends[number] for number in range(1, rounds + 1)]))
@@ -91,13 +95,25 @@ def serve(grid: Grid, context: Context) -> None:
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
-    """Load the base model, attach LoRA, add a constant to the arrays and reply with them."""
-    settings = _settings(Path(os.environ[ERRAND]))
-    _load(settings["model"])
-    arrays = message.content.array_records["arrays"].to_numpy_ndarrays()
-    moved = ArrayRecord([array + np.float32(UPDATE) for array in arrays])
+    """Load the base model, attach LoRA, take the weights received, add a constant and reply with the weights."""
+    import torch
+    from peft import set_peft_model_state_dict
+
+    model = _load(_settings(Path(os.environ[ERRAND]))["model"])
+    set_peft_model_state_dict(model, message.content.array_records["arrays"].to_torch_state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += UPDATE
     metrics = MetricRecord({"num-examples": 1})
-    return Message(RecordDict({"arrays": moved, "metrics": metrics}), reply_to=message)
+    return Message(RecordDict({"arrays": _weights(model), "metrics": metrics}), reply_to=message)
+
+
+def _weights(model: Any) -> ArrayRecord:  # noqa: ANN401  peft ships no types
+    """Return what travels: the adapter's and the head's weights."""
+    from peft import get_peft_model_state_dict
+
+    return ArrayRecord(get_peft_model_state_dict(model))
 
 
 def _load(directory: str) -> Any:  # noqa: ANN401  peft ships no types

@@ -4,13 +4,18 @@ import csv
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from confide.common.adapter import Floats
 from confide.common.cli import quiet_libraries
 from confide.common.errors import AdapterError, UsageError
+from confide.common.messages import vector_digest
 from confide.common.plan import Plan, load_plan
+
+if TYPE_CHECKING:
+    from confide.common.model import AdaptedModel
 
 app = typer.Typer()
 
@@ -49,7 +54,7 @@ def evaluate(adapter: AdapterDir, model: ModelDir, data: DataFile, as_json: AsJs
 
     plan = _plan(adapter)
     adapted = attach(model, plan)
-    adapted.write(adapted.import_exported(adapter))
+    adapted.write(_vector(adapted, adapter))
     reading = read_examples(data, plan, load_tokenizer(model))
     found = scores(adapted.probabilities(reading.examples), reading.examples.labels)
     if as_json:
@@ -79,7 +84,7 @@ def predict(
         raise UsageError(f"{out} exists and is left as it is. Give another --out.")
     plan = _plan(adapter)
     adapted = attach(model, plan)
-    adapted.write(adapted.import_exported(adapter))
+    adapted.write(_vector(adapted, adapter))
     chances = adapted.probabilities(read_texts(data, plan, load_tokenizer(model)))
     labels = plan.task.labels
     rows = [[labels[line.argmax()], *(f"{chance:.6f}" for chance in line)] for line in chances]
@@ -102,7 +107,7 @@ def merge(adapter: AdapterDir, model: ModelDir, out: OutDir) -> None:
     _fresh(out)
     plan = _plan(adapter)
     adapted = attach(model, plan)
-    merge_into(adapted, adapted.import_exported(adapter), model, out)
+    merge_into(adapted, _vector(adapted, adapter), model, out)
     typer.echo(f"Wrote full weights to {out}.")
 
 
@@ -127,23 +132,51 @@ def export(
     typer.echo(f"Wrote a PEFT adapter to {out}.")
 
 
+def _vector(adapted: "AdaptedModel", adapter: Path) -> Floats:
+    """Return the adapter's vector, which must be the one its manifest speaks of, if it has one."""
+    vector = adapted.import_exported(adapter)
+    if (adapter / "manifest.json").exists() and _manifest(adapter)["adapter"] != vector_digest(vector):
+        raise AdapterError(
+            f"The weights in {adapter} are not those its manifest speaks of, so its claims are not about them. "
+            "Take the directory anew from the run that made it."
+        )
+    return vector
+
+
 def _plan(adapter: Path) -> Plan:
     if not (adapter / "plan.toml").is_file():
         raise AdapterError(f"{adapter} holds no plan.toml, so it is not an adapter's directory that Confide wrote.")
-    return load_plan(adapter / "plan.toml")
+    plan = load_plan(adapter / "plan.toml")
+    if (adapter / "manifest.json").exists() and _manifest(adapter)["plan"]["digest"] != plan.digest:
+        raise AdapterError(f"The plan in {adapter} is not the one its manifest speaks of. Take the directory anew.")
+    return plan
 
 
 def _manifest(adapter: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((adapter / "manifest.json").read_bytes())
-        if manifest["format"] != "confide-manifest/1":
+        if manifest["format"] != "confide-manifest/1" or not _well_formed(manifest):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise AdapterError(
             f"{adapter} holds no readable manifest.json. Give the adapter/ directory of a run; a version written by "
             "`confide adapter export` has no manifest of its own."
         ) from None
     return dict(manifest)
+
+
+def _well_formed(manifest: dict[str, Any]) -> bool:
+    claims = manifest["claims"].values()
+    return (
+        isinstance(manifest["adapter"], str)
+        and all(isinstance(manifest[part][key], str) for part in ("plan", "base") for key in ("name", "digest"))
+        and all(isinstance(claim["epsilon"], float) and isinstance(claim["delta"], float) for claim in claims)
+        and all(isinstance(claim["noise"], str) for claim in claims)
+        and all(isinstance(value, float) for value in manifest["scores"].values())
+        and isinstance(manifest["status"], str)
+        and isinstance(manifest["lineage"], list)
+        and isinstance(manifest["weakened_by"], list)
+    )
 
 
 def _fresh(out: Path) -> None:

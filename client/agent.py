@@ -46,7 +46,7 @@ class Agent:
 
     Raises:
         DataError: The site has fewer persons than the plan asks for.
-        PrivacyError: The plan's delta is not below 1 / declared_persons.
+        PrivacyError: The plan's delta is not below one over the site's number of persons.
     """
 
     def __init__(
@@ -67,10 +67,11 @@ class Agent:
                 f"Site {site} has {min(trainer.person_count, declared_persons)} persons; the plan asks for at least "
                 f"{plan.privacy.min_persons}. Lower [privacy] min_persons, or give the site more data."
             )
-        if plan.privacy.delta * declared_persons >= 1:
+        largest = max(trainer.person_count, declared_persons)
+        if plan.privacy.delta * largest >= 1:
             raise PrivacyError(
-                f"Site {site} declares {declared_persons} persons; the plan's delta = {plan.privacy.delta:g} is not below "
-                f"1 / {declared_persons}, so it would promise that site nothing. Lower [privacy] delta."
+                f"Site {site} has {largest} persons; the plan's delta = {plan.privacy.delta:g} is not below 1 / {largest}, "
+                "so it would promise that site nothing. Lower [privacy] delta."
             )
         self.site = site
         self.spends = spends
@@ -83,7 +84,6 @@ class Agent:
         self._randomness = randomness
         self._protection = protection
         self._kept: dict[int, RingVector] = {}
-        self._started_from: dict[int, str] = {}
         self._lock = threading.Lock()
 
     def answer(self, envelope: Envelope) -> Envelope:
@@ -114,11 +114,8 @@ class Agent:
         return self._protection.protect(vector, offer)
 
     def _train(self, offer: Offer) -> RingVector:
-        # The same draws on another adapter would cancel out in the difference of the two answers.
-        if self._started_from.setdefault(offer.round, offer.adapter_digest) != offer.adapter_digest:
-            raise Refused(f"Site {self.site} refuses round {offer.round}: it was trained from another adapter already.")
         randomness = self._randomness(offer.round)
-        self.spends.reserve(self._mechanism.spend(offer.round, randomness.name))
+        self.spends.reserve(self._mechanism.spend(offer.round, randomness.name), offer.adapter_digest)
         delta = self._trainer.train(offer.adapter, self._mechanism, randomness)
         return encode(delta.values, self._ring, randomness.uniforms)
 

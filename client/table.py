@@ -365,7 +365,9 @@ def _spelled(value: object) -> str | None:
 def _check_columns(path: Path, present: Sequence[str], wanted: Iterable[str], *, surely_names: bool = True) -> None:
     """Raise if a wanted column is missing, or a name stands for two columns; columns without a name may be many."""
     near = {column: _near(column, present) for column in wanted}
-    surely_names = surely_names or any(near.values())
+    # A first line without one wanted name may be a row of data, which must not be shown; a near name alone proves nothing.
+    folded = {name.strip().casefold() for name in present}
+    surely_names = surely_names or any(column.strip().casefold() in folded for column in near)
     missing = [column for column in near if column not in present]
     if missing and not surely_names:
         raise DataError(

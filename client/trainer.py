@@ -25,6 +25,7 @@ from confide.common.model import AdaptedModel, PrefixCache
 from confide.common.plan import Training
 
 _SUPPORTED = (nn.Linear, nn.LayerNorm)
+_MIXES_ROWS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +229,12 @@ class PersonGradients:
 
 
 def _check_supported(model: AdaptedModel) -> None:
+    mixing = sorted({type(m).__name__ for m in model.network.modules() if isinstance(m, _MIXES_ROWS)})
+    if mixing:
+        raise ModelError(
+            f"The base model holds {', '.join(mixing)}, which mixes the rows of a batch: one person would change another's "
+            "gradient. Use a model without batch statistics."
+        )
     owners: dict[int, nn.Module] = {}
     for module in model.network.modules():
         for parameter in module.parameters(recurse=False):

@@ -92,6 +92,11 @@ def model_type(directory: Path) -> str:
 def _decisive_files(directory: Path) -> list[Path]:
     if not directory.is_dir():
         raise ModelError(f"There is no model directory {directory}. Give a local path; nothing is downloaded.")
+    if (directory / "adapter_config.json").exists():
+        raise ModelError(
+            f"{directory} holds an adapter_config.json, so what is loaded from it would be an adapted model, not a base. "
+            "Merge that adapter first, or remove it."
+        )
     weights = [file for file in directory.glob("*.safetensors") if file.is_file()]
     if not weights:
         raise ModelError(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from confide.common.errors import ConfideError, MissingPackage
+from confide.common.errors import ConfideError, MissingPackage, UsageError
 
 # Group: where it lives, which extra it needs, what it is for.
 _GROUPS = {
@@ -27,6 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _app(arguments)(arguments, prog_name="confide")
+    except OSError as error:
+        told = UsageError(
+            f"{error.filename or 'A file'}: {error.strerror or error}. Check the path, its rights and the disk."
+        )
+        _tell(told, as_json="--json" in arguments)
+        sys.exit(told.exit_code)
     except ConfideError as error:
         _tell(error, as_json="--json" in arguments)
         sys.exit(error.exit_code)

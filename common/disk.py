@@ -1,9 +1,11 @@
 """Files that are there whole, and survive a power cut, or are not there at all."""
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 
 @contextlib.contextmanager
@@ -21,15 +23,40 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def append(path: Path, line: bytes) -> None:
-    """Return once `line` stands at the end of the file, on disk."""
+    """Return once `line` stands at the end of the file, on disk.
+
+    Raises:
+        OSError: It could not be written; the file is cut back to what it was, if that is possible.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
     with path.open("ab") as stream:
-        stream.write(line)
-        stream.flush()
-        os.fsync(stream.fileno())
+        before = stream.tell()
+        try:
+            stream.write(line)
+            stream.flush()
+            os.fsync(stream.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                stream.truncate(before)
+            raise
     if fresh:
         _sync_folder(path.parent)
+
+
+def lock(folder: Path) -> IO[bytes]:
+    """Return an open file that keeps `folder` to this process until it is closed or the process ends.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+    """
+    stream = (folder / ".lock").open("wb")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise
+    return stream
 
 
 def _sync_folder(folder: Path) -> None:

@@ -66,7 +66,7 @@ def _guarantee(plan: Plan) -> list[str]:
     cost, noise = planned_cost(privacy), noise_multiplier(privacy)
     unit = "person" if plan.data.person_id else "row"
     return [
-        f"Each {unit} of a site is protected with epsilon = {cost.epsilon:.2f} (asked for: {privacy.epsilon:g}) at delta = "
+        f"Each {unit} of a site is protected with epsilon = {cost.epsilon:.3g} (asked for: {privacy.epsilon:g}) at delta = "
         f"{privacy.delta:g}, over the whole run, against everyone who sees the updates, the server and other sites "
         "included. It compares the run with one in which that "
         f"{unit}'s gradients are replaced by zeros.",

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from confide.common.adapter import Floats, Layout, frozen_factor, seeded_head
@@ -159,7 +158,23 @@ def attach(directory: Path, plan: Plan, *, head_only: bool = False, dtype: torch
                 p.copy_(torch.from_numpy(_head_start(plain, tuple(p.shape), plan)))
     network.to(_device(plan))
     network.train()  # per-example hooks work in training mode only; every dropout is zero
-    return AdaptedModel(network, plan, head)
+    model = AdaptedModel(network, plan, head)
+    _check_longest(model)
+    return model
+
+
+def _check_longest(model: AdaptedModel) -> None:
+    """Return if a text of max_tokens tokens goes through the model: its positions may be fewer."""
+    length = model.plan.model.max_tokens
+    ids = torch.ones(1, length, dtype=torch.long, device=model.device)
+    try:
+        with torch.no_grad():
+            model.network(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ModelError(
+            f"The base model cannot read texts of [model] max_tokens = {length} tokens ({type(error).__name__}). "
+            "Lower max_tokens to what the model was made for."
+        ) from None
 
 
 def merge(model: AdaptedModel, vector: Floats, base_directory: Path, directory: Path) -> None:
@@ -325,8 +340,11 @@ def load_base(directory: Path, plan: Plan, dtype: torch.dtype = torch.float32) -
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"The base model in {directory} cannot be loaded as a text classifier: {error}") from None
+    except Exception as error:  # a directory can be wrong in as many ways as transformers has classes
+        raise ModelError(
+            f"The base model in {directory} cannot be loaded as a text classifier ({type(error).__name__}). Give a complete "
+            "model of an architecture that transformers knows, without code of its own."
+        ) from None
     absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     if mean:
         absent = {key for key in absent if not key.startswith("pooler.")}  # a mean has no use for it
@@ -382,8 +400,10 @@ def _config(directory: Path, plan: Plan, *, dropout: bool) -> Any:  # noqa: ANN4
             local_files_only=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"The configuration in {directory} is not a known model's: {error}") from None
+    except Exception as error:  # a configuration can be wrong in as many ways as transformers has classes
+        raise ModelError(
+            f"The configuration in {directory} is not that of a model transformers knows ({type(error).__name__})."
+        ) from None
     if not dropout:
         for key, value in config.to_dict().items():
             if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
@@ -451,8 +471,10 @@ def _device(plan: Plan) -> torch.device:
     wanted = plan.compute.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    elif wanted == "cuda" and not torch.cuda.is_available():
-        raise ModelError('[compute] device = "cuda", but torch sees no GPU here. Choose auto or cpu.')
+    elif (wanted == "cuda" and not torch.cuda.is_available()) or (
+        wanted == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise ModelError(f'[compute] device = "{wanted}", but torch sees none here. Choose auto or cpu.')
     return torch.device(wanted)
 
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from confide.common.accounting import Spend, cost
 from confide.common.adapter import Floats
+from confide.common.errors import PrivacyError
 from confide.common.messages import vector_digest
 from confide.common.model import AdaptedModel
 from confide.server.store import RoundRecord
@@ -33,12 +35,27 @@ class Claim:
     steps: int
 
 
-def claim(spends: Sequence[Spend], delta: float) -> Claim:
-    """Return what one site's spends, at least one, add up to."""
+def claim(spends: Sequence[Spend], delta: float, rounds: Iterable[int]) -> Claim:
+    """Return what one site's spends add up to.
+
+    Args:
+        spends: What the site recorded, at least one.
+        delta: The plan's.
+        rounds: Those whose sum the site is in; each must have its spend.
+
+    Raises:
+        PrivacyError: A round has none, so what was spent is not known.
+    """
+    unpaid = sorted(set(rounds) - {spend.round for spend in spends})
+    if unpaid or not spends:
+        raise PrivacyError(
+            f"A site took part in rounds without a recorded spend ({unpaid or 'all'}), so what it spent is not known and "
+            "nothing can be claimed. Restore the run's sites/*.jsonl."
+        )
     return Claim(
-        epsilon=round(cost(spends, delta).epsilon, 6),
+        epsilon=math.ceil(cost(spends, delta).epsilon * 1e6) / 1e6,  # never rounded down
         delta=delta,
-        noise_multiplier=max(spend.noise_multiplier for spend in spends),
+        noise_multiplier=min(spend.noise_multiplier for spend in spends),
         noise=spends[0].noise,
         steps=sum(spend.steps for spend in spends),
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -31,6 +32,7 @@ Compare = Annotated[
     epilog="Example: confide simulate run plan.toml --model ./MiniLM --data rows.csv --sites 5 --split dirichlet"
 )
 def run(
+    context: typer.Context,
     plan: Annotated[Path | None, typer.Argument(help="The plan, a TOML file.", metavar="PLAN")] = None,
     model: Annotated[
         Path | None, typer.Option(help="The base model's local directory; the demo's MiniLM if absent.", metavar="DIR")
@@ -52,21 +54,31 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a federation on one table, split into sites."""
+    given = {name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     if resume is not None:
-        if plan is not None or data is not None or out is not None:
+        if extra := sorted(given - {"resume", "as_json"}):
             raise UsageError(
-                "--resume takes everything from the run's directory; give no plan, --data or --out with it."
+                f"--resume takes everything from the run's directory; leave out {', '.join(map(_flag, extra))}."
             )
         _run(resume, as_json=as_json)
         return
+    unused = {
+        "sites": split == "column",
+        "column": split != "column",
+        "concentration": split not in {"dirichlet", "quantity"},
+        "test_share": test is not None,
+    }
+    if idle := sorted(name for name in given if unused.get(name)):
+        other = "--test" if idle == ["test_share"] else f"--split {split}"
+        raise UsageError(f"{', '.join(map(_flag, idle))} has no effect with {other}. Leave it out.")
     if plan is None or data is None:
         raise UsageError("Give a PLAN and --data FILE. To see a run without either: confide simulate demo")
-    if column is not None and split != "column":
-        raise UsageError(f"--column goes with --split column, not with --split {split}.")
     from confide.simulations.setting import ENGINES, SPLITS, Setting, begin
 
     if split not in SPLITS or engine not in ENGINES:
         raise UsageError(f"--split is one of {', '.join(SPLITS)}; --engine one of {', '.join(ENGINES)}.")
+    if not 0 < test_share < 1:
+        raise UsageError(f"--test-share {test_share:g} is outside its range: above 0, below 1.")
     if not 0 < concentration <= 1e6:
         raise UsageError(f"--concentration {concentration:g} is outside its range: above 0, at most 1000000.")
     for path in filter(None, (plan, data, test)):
@@ -106,7 +118,9 @@ def demo(
     directory = out or _directory(name)
     _begin_demo(name, directory, seed=seed, engine=engine, threads=threads, compare=compare)
     if not as_json:
-        Console().print(f"{scenario(name).says} Real data, real model, simulated sites.\n", highlight=False)
+        Console(highlight=False, markup=False).print(
+            f"{scenario(name).says} Real data, real model, simulated sites.\n", highlight=False
+        )
     _run(directory, as_json=as_json)
 
 
@@ -179,6 +193,10 @@ def _directory(name: str) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
+def _flag(name: str) -> str:
+    return {"plan": "PLAN", "as_json": "--json"}.get(name, f"--{name.replace('_', '-')}")
+
+
 def _begin_demo(name: str, directory: Path, *, seed: int, engine: str, threads: int, compare: bool) -> None:
     """Make the run's directory and the scenario's tables in it."""
     from confide.simulations.setting import Setting, begin, check_fresh
@@ -206,12 +224,12 @@ def _begin_demo(name: str, directory: Path, *, seed: int, engine: str, threads: 
 
 def _run(directory: Path, *, as_json: bool, show: bool = True) -> None:
     """Run or resume the run in `directory`, live; leave it resumable on Ctrl-C."""
-    from confide.simulations.figures import draw
-    from confide.simulations.study import Study
-
     quiet_libraries()
     watch = _Screen(quiet=as_json)
     try:
+        from confide.simulations.figures import draw
+        from confide.simulations.study import Study
+
         with watch:
             result = Study(directory, watch).run()
             draw(result, directory / "figures")
@@ -236,7 +254,7 @@ class _Screen:
     """Progress on the terminal; silent if told so."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self._console = Console(stderr=quiet, quiet=quiet, highlight=False)
+        self._console = Console(stderr=quiet, quiet=quiet, highlight=False, markup=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=28),
@@ -266,7 +284,7 @@ class _Screen:
 
 
 def _show(result: dict[str, Any], directory: Path) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     scores, measured, name = result["scores"], result["measured"], result["score"]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
@@ -274,13 +292,14 @@ def _show(result: dict[str, Any], directory: Path) -> None:
     for heading in (*shown, f"epsilon (δ = {result['delta']:g})"):
         table.add_column(heading, justify="right")
     spent = max(result["epsilon"].values())
+    whole = f"{result['epsilon_by_round'][-1]['epsilon']:.2f}"  # those who train alone miss no round
     rows = [("untrained", "untrained", "0")]
-    rows += [(f"{site} alone", f"alone/{site}", f"{spent:.2f}") for site in scores.get("alone", {})]
+    rows += [(f"{site} alone", f"alone/{site}", whole) for site in scores.get("alone", {})]
     rows += [
         (label, key, epsilon)
         for label, key, epsilon in (
-            ("federated, head only", "head_only", f"{spent:.2f}"),
-            ("all rows pooled", "pooled", f"{spent:.2f}"),
+            ("federated, head only", "head_only", whole),
+            ("all rows pooled", "pooled", whole),
             ("all rows pooled, not private", "pooled_not_private", "unbounded"),
         )
         if key in scores

@@ -29,6 +29,7 @@ class Federation:
         sites: Each site's rows, by name.
         cache: The frozen prefix of all rows, if it was computed.
         seed: Fixes every draw of every site.
+        purpose: Tells this federation's draws from those of others with the same seed.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Federation:
     sites: Mapping[str, Examples]
     cache: PrefixCache | None
     seed: int
+    purpose: str = "federated"
 
     @property
     def plan(self) -> Plan:
@@ -60,7 +62,7 @@ class Federation:
 
     def _agent(self, site: str, directory: Path, ring: RingLayout) -> Agent:
         def randomness(number: int) -> InsecureSeededNoise:
-            return InsecureSeededNoise(self.seed, site, number)
+            return InsecureSeededNoise(self.seed, f"{self.purpose}/{site}", number)
 
         return Agent(
             site=site,

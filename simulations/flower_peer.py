@@ -104,7 +104,7 @@ def train(message: Message, context: Context) -> Message:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += UPDATE
+                parameter.add_(UPDATE)
     metrics = MetricRecord({"num-examples": 1})
     return Message(RecordDict({"arrays": _weights(model), "metrics": metrics}), reply_to=message)
 

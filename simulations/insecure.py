@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from confide.client.spends import SEEDED
 from confide.common.errors import MessageError
 from confide.common.messages import Contribution, Envelope, Failure, Offer, expect, open_envelope, seal
 from confide.common.ring import RingLayout, RingSum, RingVector
@@ -83,21 +84,27 @@ def _contribution(answer: Envelope, site: str, offer: Offer, ring: RingLayout) -
 
 
 class InsecureSeededNoise:
-    """Draws fixed by a seed, a site and a round: equal on every repetition, hence no protection."""
+    """Draws fixed by a seed, a stream and a round: equal on every repetition, hence no protection.
 
-    name = "insecure_seeded_noise"
+    Streams are independent of each other: the generator (Philox, 256 bits of key and counter) is keyed by a hash of all
+    three.
 
-    def __init__(self, seed: int, site: str, number: int) -> None:
-        import torch  # here, because the server's process sums without ever drawing
+    Args:
+        seed: The simulation's seed.
+        stream: Whose draws, such as `federated/site-1`.
+        number: The round.
+    """
 
-        digest = hashlib.sha256(f"confide-simulation/1|{seed}|{site}|{number}".encode()).digest()
-        self._torch = torch
-        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    name = SEEDED
+
+    def __init__(self, seed: int, stream: str, number: int) -> None:
+        digest = hashlib.sha256(f"confide-simulation/1|{seed}|{stream}|{number}".encode()).digest()
+        self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(int.from_bytes(digest, "big"))))
 
     def uniforms(self, count: int) -> npt.NDArray[np.float64]:
         """Return independent uniforms in [0, 1), (count,)."""
-        return self._torch.rand(count, dtype=self._torch.float64, generator=self._generator).numpy()
+        return self._generator.random(count)
 
     def gaussian(self, count: int) -> npt.NDArray[np.float64]:
         """Return independent standard normals, (count,)."""
-        return self._torch.randn(count, dtype=self._torch.float64, generator=self._generator).numpy()
+        return self._generator.standard_normal(count)

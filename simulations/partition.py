@@ -31,8 +31,10 @@ def held_out(examples: Examples, share: float, seed: int) -> tuple[Ints, Ints]:
 
 def by_column(values: Sequence[str]) -> dict[str, Ints]:
     """Return the rows of each site, where `values` names each row's site."""
-    names, site = np.unique(np.array(values), return_inverse=True)
-    return {str(name): np.flatnonzero(site == index) for index, name in enumerate(names)}
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(values):
+        rows.setdefault(name, []).append(row)
+    return {name: np.array(rows[name], dtype=np.int64) for name in sorted(rows)}
 
 
 def iid(examples: Examples, sites: int, seed: int) -> dict[str, Ints]:

@@ -10,6 +10,8 @@ from confide.common.errors import RunError, UsageError
 from confide.common.plan import load_plan
 
 FORMAT = "confide-setting/1"
+# Types of the plain fields, checked when a setting is read back.
+_PLAIN = {"test_share": "float", "sites": "int", "seed": "int", "threads": "int", "alone": "bool", "compare": "bool"}
 SPLITS = ("column", "iid", "dirichlet", "quantity")
 ENGINES = ("in-process", "flower")
 
@@ -50,12 +52,12 @@ class Setting:
 
 
 def check_fresh(directory: Path) -> None:
-    """Return if no run was begun in `directory`.
+    """Return if no run is under way in `directory`; one that recorded no round may be begun anew.
 
     Raises:
         RunError: One was.
     """
-    if (directory / "setting.json").exists():
+    if (directory / "rounds" / "0001.json").exists():
         raise RunError(
             f"{directory} holds a run already. Go on with it: confide simulate run --resume {directory} "
             "Or give another --out."
@@ -70,9 +72,9 @@ def begin(directory: Path, plan_file: Path, setting: Setting) -> None:
         UsageError: It cannot be written to.
     """
     check_fresh(directory)
-    load_plan(plan_file)
+    plan = load_plan(plan_file)
     fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(setting).items()}
-    tree = {"format": FORMAT, **fields, "tables": _tables(setting)}
+    tree = {"format": FORMAT, **fields, "plan": plan.digest, "tables": _tables(setting)}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "plan.toml").write_bytes(plan_file.read_bytes())
@@ -86,21 +88,27 @@ def read_setting(directory: Path) -> Setting:
     """Return the setting that `begin` wrote.
 
     Raises:
-        RunError: There is none, it is damaged, or a table has changed since.
+        RunError: There is none, it is damaged, or the plan or a table has changed since.
     """
     try:
         fields = json.loads((directory / "setting.json").read_bytes())
         if fields.pop("format") != FORMAT:
             raise ValueError
-        tables = fields.pop("tables")
+        plan, tables = fields.pop("plan"), fields.pop("tables")
         for name in ("model", "data", "test"):
             fields[name] = None if fields[name] is None else Path(fields[name])
         setting = Setting(**fields)
+        if any(type(getattr(setting, name)).__name__ != kind for name, kind in _PLAIN.items()):
+            raise ValueError
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise RunError(
             f"{directory} holds no readable setting.json, so there is no run to resume. Give the directory of a run "
             "that `confide simulate run` began."
         ) from None
+    if load_plan(directory / "plan.toml").digest != plan:
+        raise RunError(
+            f"The plan of the run in {directory} has changed since it began. Restore it, or begin anew with another --out."
+        )
     if _tables(setting) != tables:
         raise RunError(
             f"A table of the run in {directory} has changed since it began, so it cannot go on as it began. Restore the "

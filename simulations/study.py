@@ -16,7 +16,7 @@ from confide.client.mechanism import Mechanism
 from confide.client.trainer import PrivateTrainer
 from confide.common.accounting import noise_multiplier, planned_cost
 from confide.common.adapter import Floats
-from confide.common.disk import whole
+from confide.common.disk import lock, whole
 from confide.common.errors import RunError, UsageError
 from confide.common.examples import Examples, union
 from confide.common.messages import Envelope
@@ -67,6 +67,10 @@ class Study:
         self.plan = load_plan(directory / "plan.toml")
         if threads := self.setting.threads or self.plan.compute.threads:
             torch.set_num_threads(threads)
+        try:
+            self._lock = lock(directory)
+        except BlockingIOError:
+            raise RunError(f"Another process is running the run in {directory}. Wait for it, or stop it.") from None
         self._watch = watch
         self._began = time.monotonic()
         watch.phase("Loading the base model and the rows", 3)
@@ -111,7 +115,12 @@ class Study:
     def _federated(self, directory: Path, model: AdaptedModel) -> tuple[Floats, str, dict[str, Claim]]:
         """Return the last adapter, how the run ended, and what each site's persons are promised."""
         federation = Federation(
-            name=self.plan.name, model=model, sites=self.cohort.sites, cache=self.cache, seed=self.setting.seed
+            name=self.plan.name,
+            model=model,
+            sites=self.cohort.sites,
+            cache=self.cache,
+            seed=self.setting.seed,
+            purpose="federated" if model is self.model else "head-only",
         )
         store = self._store if directory == self.directory else Store(directory)
         agents = federation.agents(directory / "sites")
@@ -131,8 +140,13 @@ class Study:
                 "The run failed: in no round did enough sites take part. Each site's reason is in "
                 f"{directory}/rounds; the full one is in this program's log."
             )
-        delta = self.plan.privacy.delta
-        claims = {site: claim(agent.spends.spends, delta) for site, agent in agents.items() if agent.spends.spends}
+        claims = {
+            site: claim(
+                agent.spends.spends, self.plan.privacy.delta, [r.round for r in store.records if site in r.present]
+            )
+            for site, agent in agents.items()
+            if agent.spends.spends or any(site in r.present for r in store.records)
+        }
         return state.adapter, status, claims
 
     def _told(self, record: RoundRecord, model: AdaptedModel, store: Store) -> None:
@@ -172,10 +186,10 @@ class Study:
 
     def _score(self, name: str, adapter: Callable[[], Floats]) -> float:
         """Return the plan's score of an adapter, from the run's directory if it was measured before."""
-        path = self.directory / "scores" / f"{name.replace('/', '--')}.json"
+        path = self.directory / "scores" / f"{name}.json"
         if not path.exists():
             found = evaluate(self.model, adapter(), self.cohort.test, self.cache)
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with whole(path) as draft:
                 draft.write_text(json.dumps(found), encoding="utf-8")
         value = float(json.loads(path.read_bytes())[self.plan.task.score])
@@ -197,9 +211,10 @@ class Study:
 
     def _measured(self) -> dict[str, dict[str, float]]:
         """Every score of everything that was evaluated, by name."""
+        folder = self.directory / "scores"
         return {
-            path.stem.replace("--", "/"): json.loads(path.read_bytes())
-            for path in sorted((self.directory / "scores").glob("*.json"))
+            str(path.relative_to(folder).with_suffix("")): json.loads(path.read_bytes())
+            for path in sorted(folder.rglob("*.json"))
         }
 
     def _write(self, scores: Mapping[str, object], status: str, claims: Mapping[str, Claim]) -> dict[str, object]:

@@ -147,3 +147,30 @@ def test_a_damaged_adapter_is_refused_with_what_is_wrong(
 
     assert found == code
     assert fragment in capsys.readouterr().err
+
+
+def test_weights_that_are_not_the_manifests_are_refused(
+    trained: Path, base_directory: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = attach(base_directory, load_plan(trained / "adapter" / "plan.toml"))
+    manifest = (trained / "adapter" / "manifest.json").read_bytes()
+    model.export(model.start, trained / "adapter")
+    assert (trained / "adapter" / "manifest.json").read_bytes() == manifest
+
+    code = run("adapter", "evaluate", trained / "adapter", "--model", base_directory, "--data", table)
+
+    assert code == 6
+    assert "are not those its manifest speaks of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_a_place_that_cannot_be_written_is_a_clear_error(
+    trained: Path, base_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    version = next((trained / "adapters").glob("*.safetensors"))
+    what = [version, "--plan", trained / "plan.toml"] if command == "export" else [trained / "adapter"]
+
+    assert run("adapter", command, *what, "--model", base_directory, "--out", tmp_path / "file" / "out") == 2
+
+    assert "Traceback" not in capsys.readouterr().err

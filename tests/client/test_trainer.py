@@ -13,10 +13,10 @@ from scipy import stats
 from torch.nn import functional as F
 
 from confide.client.mechanism import Mechanism
-from confide.client.trainer import PersonGradients, train
+from confide.client.trainer import ClippedSum, PersonGradients, train
 from confide.common.accounting import noise_multiplier
 from confide.common.errors import DataError, ModelError, PrivacyError
-from confide.common.examples import Examples
+from confide.common.examples import Examples, Ints
 from confide.common.model import AdaptedModel, PrefixCache, attach
 from confide.common.plan import Plan
 from confide.simulations.insecure import InsecureSeededNoise
@@ -156,11 +156,14 @@ def test_a_gradient_that_is_not_finite_counts_as_zero(exact: AdaptedModel, make_
     np.testing.assert_allclose(total.values, expected, atol=1e-12)
 
 
-def test_the_noise_has_the_claimed_standard_deviation(model: AdaptedModel, make_examples: MakeExamples) -> None:
-    """False alarm 1e-6: a two-sided chi-square test on the noise of 400 steps, and a KS test."""
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_noise_has_the_claimed_standard_deviation(
+    model: AdaptedModel, make_examples: MakeExamples, steps: int
+) -> None:
+    """False alarm 1e-6 each: a two-sided chi-square test and a KS test on the noise of 400 rounds of some steps."""
     gradients = PersonGradients(model, make_examples(4, seed=0))
     sgd = dataclasses.replace(model.plan.training, optimizer="sgd", learning_rate=1.0, head_learning_rate=1.0)
-    noise_only = mechanism(sampling_rate=1e-12, clip_norm=0.25, noise_multiplier=1.5, divisor=2.0)
+    noise_only = mechanism(sampling_rate=1e-12, clip_norm=0.25, noise_multiplier=1.5, divisor=2.0, steps=steps)
 
     draws = np.concatenate(
         [
@@ -169,31 +172,50 @@ def test_the_noise_has_the_claimed_standard_deviation(model: AdaptedModel, make_
         ]
     ).astype(np.float64)
 
-    scaled = draws / (1.5 * 0.25 / 2.0)
+    scaled = draws / (1.5 * 0.25 / 2.0 * math.sqrt(steps))
     low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], len(scaled))
     assert low <= np.square(scaled).sum() <= high
     assert stats.kstest(scaled, "norm").pvalue > 1e-6
 
 
 def test_the_sampler_includes_each_person_with_probability_q(model: AdaptedModel, make_examples: MakeExamples) -> None:
-    """False alarm 1e-6 each: inclusion count, dispersion of batch sizes (Poisson, not fixed), and independence."""
-    q, people, steps = 0.3, 40, 2000
-    randomness = InsecureSeededNoise(3, "s", 1)
+    """False alarm 1e-6 each: how many are drawn in all, and how batch sizes spread (binomial, not fixed)."""
+    q, people, steps = 0.3, 40, 400
+    gradients = PersonGradients(model, make_examples(people, seed=1))
 
-    drawn = np.stack([randomness.uniforms(people) < q for _ in range(steps)])
+    _, evidence = train(
+        gradients,
+        model.start,
+        mechanism(sampling_rate=q, steps=steps),
+        model.plan.training,
+        InsecureSeededNoise(3, "s", 1),
+    )
 
-    total = int(drawn.sum())
-    assert stats.binomtest(total, people * steps, q).pvalue > 1e-6
-    per_person = stats.chisquare(drawn.sum(axis=0), np.full(people, total / people))
-    assert per_person.pvalue > 1e-6
-    dispersion = np.square(drawn.sum(axis=1) - q * people).sum() / (people * q * (1 - q))
+    sizes = np.array(evidence.batch_sizes)
+    assert len(sizes) == steps
+    assert stats.binomtest(int(sizes.sum()), people * steps, q).pvalue > 1e-6
+    dispersion = np.square(sizes - q * people).sum() / (people * q * (1 - q))
     low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], steps)
     assert low <= dispersion <= high
+
+
+def test_no_person_is_drawn_more_often_than_others(model: AdaptedModel, make_examples: MakeExamples) -> None:
+    """False alarm 1e-6: a chi-square test on how often each of 20 persons is in a batch of 300."""
+    people, steps = 20, 300
     gradients = PersonGradients(model, make_examples(people, seed=1))
-    _, evidence = train(
-        gradients, model.start, mechanism(sampling_rate=q, steps=5), model.plan.training, InsecureSeededNoise(3, "s", 1)
-    )
-    assert len(set(evidence.batch_sizes)) > 1
+    counts = np.zeros(people)
+    clipped_sum = gradients.clipped_sum
+
+    def counted(persons: Ints, clip_norm: float) -> ClippedSum:
+        counts[persons] += 1
+        return clipped_sum(persons, clip_norm)
+
+    gradients.clipped_sum = counted  # type: ignore[method-assign]
+    train(gradients, model.start, mechanism(steps=steps), model.plan.training, InsecureSeededNoise(4, "s", 1))
+
+    variance = steps * 0.5 * 0.5
+    low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], people)
+    assert low <= np.square(counts - steps * 0.5).sum() / variance <= high
 
 
 def test_the_divisor_is_constant_whatever_was_drawn(exact: AdaptedModel, make_examples: MakeExamples) -> None:
@@ -274,6 +296,13 @@ def test_a_module_without_exact_per_example_gradients_is_refused(
     model.trainable["embedding"] = embedding
 
     with pytest.raises(ModelError, match=r"embedding \(Embedding\)"):
+        PersonGradients(model, make_examples(4, seed=0))
+
+
+def test_a_frozen_module_that_mixes_rows_is_refused(model: AdaptedModel, make_examples: MakeExamples) -> None:
+    model.network.add_module("mixing", torch.nn.BatchNorm1d(16).requires_grad_(False))
+
+    with pytest.raises(ModelError, match="holds BatchNorm1d, which mixes the rows of a batch"):
         PersonGradients(model, make_examples(4, seed=0))
 
 

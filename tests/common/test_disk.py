@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from confide.common.disk import append, whole
+from confide.common.disk import append, lock, whole
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -42,3 +42,13 @@ def test_lines_are_appended_in_order(tmp_path: Path) -> None:
     append(path, b"two\n")
 
     assert path.read_bytes() == b"one\ntwo\n"
+
+
+def test_a_locked_folder_is_kept_to_one(tmp_path: Path) -> None:
+    held = lock(tmp_path)
+
+    with pytest.raises(BlockingIOError):
+        lock(tmp_path)
+
+    held.close()
+    lock(tmp_path).close()

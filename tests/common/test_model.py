@@ -274,6 +274,21 @@ def test_an_adapter_that_does_not_fit_is_refused(
         attach(base_directory, dataclasses.replace(plan, adapter=adapter))
 
 
+def test_texts_longer_than_the_model_can_read_are_refused_before_any_row(base_directory: Path, plan: Plan) -> None:
+    long = dataclasses.replace(plan, model=dataclasses.replace(plan.model, max_tokens=41))
+
+    with pytest.raises(ModelError, match=r"cannot read texts of \[model\] max_tokens = 41 tokens"):
+        attach(base_directory, long)
+
+
+def test_a_directory_with_an_adapter_in_it_is_no_base(tmp_path: Path, base_directory: Path, plan: Plan) -> None:
+    copy = altered(tmp_path / "copy", base_directory)
+    (copy / "adapter_config.json").write_text("{}")
+
+    with pytest.raises(ModelError, match=r"holds an adapter_config\.json"):
+        attach(copy, plan)
+
+
 def test_weights_missing_outside_the_head_are_refused(tmp_path: Path, base_directory: Path, plan: Plan) -> None:
     from safetensors.torch import load_file, save_file
 

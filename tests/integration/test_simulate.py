@@ -143,6 +143,29 @@ def test_a_run_whose_table_changed_is_not_resumed(
     assert "has changed since it began" in capsys.readouterr().err
 
 
+def test_a_run_whose_plan_changed_is_not_resumed(
+    tmp_path: Path, plan_file: Path, base_directory: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simulate(tmp_path / "run", plan_file, base_directory, table, *BY_CLINIC, "--no-alone") == 0
+    kept = tmp_path / "run" / "plan.toml"
+    kept.write_text(kept.read_text().replace("epsilon = 8.0", "epsilon = 2.0"))
+
+    assert run("simulate", "run", "--resume", tmp_path / "run") == 10
+
+    assert "The plan of the run in" in capsys.readouterr().err
+
+
+def test_nothing_is_claimed_when_a_record_of_spends_is_lost(
+    tmp_path: Path, plan_file: Path, base_directory: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simulate(tmp_path / "run", plan_file, base_directory, table, *BY_CLINIC, "--no-alone") == 0
+    (tmp_path / "run" / "sites" / "clinic-1.jsonl").unlink()
+
+    assert run("simulate", "run", "--resume", tmp_path / "run") == 7
+
+    assert "nothing can be claimed" in capsys.readouterr().err
+
+
 def test_a_directory_that_cannot_be_made_is_a_clear_error(
     tmp_path: Path, plan_file: Path, base_directory: Path, table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,7 +289,7 @@ def test_prefix_cache_and_micro_batch_do_not_change_what_is_learned(
                 "--out", "{out}",
             ),
             2,
-            "test share",
+            "--test-share 1.5",
         ),
         (
             (
@@ -278,6 +301,13 @@ def test_prefix_cache_and_micro_batch_do_not_change_what_is_learned(
         ),
         (("simulate", "run", "--resume", "{out}"), 10, "no run to resume"),
         (("simulate", "run", "{plan}", "--resume", "{out}"), 2, "--resume"),
+        (("simulate", "run", "--resume", "{out}", "--compare", "--seed", "3"), 2, "leave out --compare, --seed"),
+        (
+            ("simulate", "run", "{plan}", "--data", "{table}", "--split", "column", "--column", "x", "--sites", "4"),
+            2,
+            "--sites has no effect with --split column",
+        ),
+        (("simulate", "run", "{plan}", "--data", "{table}", "--concentration", "1"), 2, "no effect with --split iid"),
         (("simulate", "demo", "nothing"), 2, "no scenario 'nothing'"),
         (("simulate", "repeat", "messages", "--seeds", "a"), 2, "--seeds"),
         (("simulate", "repeat", "messages", "--seeds", "1"), 2, "--seeds"),

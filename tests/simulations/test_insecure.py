@@ -114,7 +114,16 @@ def test_seeded_noise_is_equal_on_every_repetition_and_says_that_it_is_insecure(
 
 
 def test_seeded_noise_differs_with_seed_site_and_round() -> None:
-    keys = [(1, "a", 1), (2, "a", 1), (1, "b", 1), (1, "a", 2), (1, "a|1", 1), (1, "a", 11), (11, "a", 1)]
+    keys = [
+        (1, "a", 1),
+        (2, "a", 1),
+        (1, "b", 1),
+        (1, "a", 2),
+        (1, "a|1", 1),
+        (1, "a", 11),
+        (11, "a", 1),
+        (1 + 2**32, "a", 1),
+    ]
 
     assert len({draws(*key) for key in keys}) == len(keys)
 

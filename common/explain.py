@@ -66,7 +66,7 @@ def _guarantee(plan: Plan) -> list[str]:
     cost, noise = planned_cost(privacy), noise_multiplier(privacy)
     unit = "person" if plan.data.person_id else "row"
     return [
-        f"Each {unit} of a site is protected with epsilon = {cost.epsilon:.3g} (asked for: {privacy.epsilon:g}) at delta = "
+        f"Each {unit} of a site is protected with epsilon = {_epsilon(cost.epsilon)} (asked for: {privacy.epsilon:g}) at delta = "
         f"{privacy.delta:g}, over the whole run, against everyone who sees the updates, the server and other sites "
         "included. It compares the run with one in which that "
         f"{unit}'s gradients are replaced by zeros.",
@@ -93,6 +93,10 @@ def _cohort(plan: Plan) -> list[str]:
         f"A round's sum is opened only if at least {least} sites are in it: {survives}. With fewer, the round is void: the "
         "adapter stays as it was, and the round still counts.",
     ]
+
+
+def _epsilon(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _few(names: tuple[str, ...]) -> str:

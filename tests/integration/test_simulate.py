@@ -187,7 +187,8 @@ def test_another_seed_gives_another_adapter(tmp_path: Path, plan_file: Path, bas
 
 @pytest.mark.parametrize("split", ["iid", "dirichlet", "quantity"])
 def test_every_split_runs(tmp_path: Path, plan_file: Path, base_directory: Path, table: Path, split: str) -> None:
-    more = ("--split", split, "--sites", 4, "--no-alone", "--concentration", 20)
+    uneven = () if split == "iid" else ("--concentration", 20)
+    more = ("--split", split, "--sites", 4, "--no-alone", *uneven)
 
     assert simulate(tmp_path / "run", plan_file, base_directory, table, *more) == 0
 

@@ -21,6 +21,6 @@ def canonical_bytes(value: Mapping[str, object]) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | memoryview) -> str:
     """Return the SHA-256 of `data` as `sha256:` and 64 hexadecimal digits (FIPS 180-4)."""
     return "sha256:" + hashlib.sha256(data).hexdigest()

@@ -88,7 +88,8 @@ _KINDS: dict[str, type[Message]] = {message.kind: message for message in (Offer,
 
 def vector_digest(vector: Floats | Words) -> str:
     """Return SHA-256 over a vector's little-endian bytes."""
-    return sha256(vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes())
+    little = np.ascontiguousarray(vector, dtype=vector.dtype.newbyteorder("<"))
+    return sha256(little.view(np.uint8).data)
 
 
 def seal(message: Message) -> Envelope:

@@ -19,6 +19,7 @@ from confide.common.errors import MessageError, PlanError
 from confide.common.plan import Plan
 
 RING_BITS = 32
+_BLOCK = 1 << 14  # entries encoded at once
 
 Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint32]
@@ -171,14 +172,18 @@ def encode(update: Floats, layout: RingLayout, uniforms: Uniforms) -> RingVector
     """
     if update.shape != (layout.length,):
         raise MessageError(f"An update of shape {update.shape} was to be encoded; ({layout.length},) was due.")
-    values = update.astype(np.float64)
-    norm = float(np.sqrt(np.square(values).sum()))
+    blocks = [slice(start, start + _BLOCK) for start in range(0, layout.length, _BLOCK)]  # each stays in the cache
+    norm = math.sqrt(sum(float(np.dot(v, v)) for v in (update[block].astype(np.float64) for block in blocks)))
     if not math.isfinite(norm):
         raise MessageError("An update with a value that is not finite was to be encoded.")
     bounded = norm > layout.update_bound
-    values *= layout.scale * (layout.update_bound / norm if bounded else 1.0)
-    below = np.floor(values)
-    values -= below
-    words = below.astype(np.int32)  # the layout proves that they fit, with the one that rounding may add
-    words += uniforms(layout.length) < values
+    factor = layout.scale * (layout.update_bound / norm if bounded else 1.0)
+    words = np.empty(layout.length, np.int32)
+    for block in blocks:
+        values = update[block].astype(np.float64)
+        values *= factor
+        below = np.floor(values)
+        values -= below
+        words[block] = below  # the layout proves that it fits, with the one that rounding may add
+        words[block] += uniforms(len(values)) < values
     return RingVector(words=words.view(np.uint32), layout=layout, bounded=bounded)

@@ -8,7 +8,7 @@ import typer
 
 from confide.common.base import base_digest, check_base, model_type
 from confide.common.errors import UsageError
-from confide.common.plan import differences, load_plan, starter
+from confide.common.plan import differences, load_plan, read_plan, starter
 
 app = typer.Typer()
 
@@ -41,6 +41,7 @@ def new(
     else:
         targets = _TARGETS.get(model_type(model), _OTHER_TARGETS)
         text = starter(name, model.resolve().name, base_digest(model), targets)
+    read_plan(text.encode())  # a bad name is told here, not by the next command
     if out is None:
         typer.echo(text, nl=False)
         return

@@ -52,12 +52,12 @@ class Setting:
 
 
 def check_fresh(directory: Path) -> None:
-    """Return if no run is under way in `directory`; one that recorded no round may be begun anew.
+    """Return if no run is under way in `directory`; one that failed before its first score may be begun anew.
 
     Raises:
         RunError: One was.
     """
-    if (directory / "rounds" / "0001.json").exists():
+    if (directory / "setting.json").exists() and (directory / "scores").exists():
         raise RunError(
             f"{directory} holds a run already. Go on with it: confide simulate run --resume {directory} "
             "Or give another --out."

@@ -51,6 +51,12 @@ def test_a_new_plan_is_valid_and_names_the_model_at_hand(base_directory: Path, t
     assert plan.adapter.targets == ("query", "value")
 
 
+def test_new_refuses_a_name_that_check_would_refuse(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "new", "--name", "Bad_Name!") == 3
+
+    assert "must be 1 to 63 of a-z" in capsys.readouterr().err
+
+
 def test_new_leaves_an_existing_file_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.toml"
     out.write_text("mine")

@@ -166,6 +166,15 @@ def test_nothing_is_claimed_when_a_record_of_spends_is_lost(
     assert "nothing can be claimed" in capsys.readouterr().err
 
 
+def test_a_start_that_failed_may_be_made_anew_in_the_same_place(
+    tmp_path: Path, plan_file: Path, base_directory: Path, table: Path
+) -> None:
+    (tmp_path / "wrong.csv").write_text("text,label\ngood,unknown\n")
+    assert simulate(tmp_path / "run", plan_file, base_directory, tmp_path / "wrong.csv", "--no-alone") == 4
+
+    assert simulate(tmp_path / "run", plan_file, base_directory, table, "--no-alone") == 0
+
+
 def test_a_directory_that_cannot_be_made_is_a_clear_error(
     tmp_path: Path, plan_file: Path, base_directory: Path, table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

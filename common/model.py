@@ -6,7 +6,6 @@ the same for every round and site: `PrefixCache` computes them once.
 """
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -476,16 +475,3 @@ def _device(plan: Plan) -> torch.device:
     ):
         raise ModelError(f'[compute] device = "{wanted}", but torch sees none here. Choose auto or cpu.')
     return torch.device(wanted)
-
-
-def describe(directory: Path) -> dict[str, object]:
-    """Return an exported adapter's `adapter_config.json`.
-
-    Raises:
-        AdapterError: The file is missing or damaged.
-    """
-    try:
-        config = json.loads((directory / "adapter_config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{directory} holds no readable adapter_config.json ({type(error).__name__}).") from None
-    return dict(config)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from confide.common.adapter import Floats, Layout, frozen_factor, seeded_head
+from confide.common.adapter import Floats, Layout, frozen_factor, load_tensors, seeded_head
 from confide.common.base import check_base
 from confide.common.errors import AdapterError, ModelError
 from confide.common.examples import Examples, Ints
@@ -114,8 +114,6 @@ class AdaptedModel:
         Raises:
             AdapterError: The files are missing, damaged, of another layout, or hold other frozen factors.
         """
-        from confide.common.adapter import load_tensors
-
         tensors = {_plain(n): t for n, t in load_tensors(directory / "adapter_model.safetensors").items()}
         for name, p in self.network.named_parameters():
             if ".lora_A." in name:

@@ -45,15 +45,18 @@ def make_agent(
     model: AdaptedModel,
     ring: RingLayout,
     make_examples: MakeExamples,
-    path: Path,
+    path: Path | None,
     protection: InsecurePlainSum | None = None,
+    *,
+    persons: int = 30,
+    declared_persons: int = 30,
 ) -> Agent:
     return Agent(
         site="north",
         run="tiny",
         plan=model.plan,
-        trainer=PrivateTrainer(model, make_examples(30, seed=1)),
-        declared_persons=30,
+        trainer=PrivateTrainer(model, make_examples(persons, seed=1)),
+        declared_persons=declared_persons,
         ring=ring,
         randomness=lambda number: InsecureSeededNoise(5, "north", number),
         protection=protection or InsecurePlainSum(),
@@ -183,34 +186,14 @@ def test_a_site_below_the_plans_least_persons_does_not_take_part(
     model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples
 ) -> None:
     with pytest.raises(DataError, match="has 9 persons; the plan asks for at least 10"):
-        Agent(
-            site="small",
-            run="tiny",
-            plan=model.plan,
-            trainer=PrivateTrainer(model, make_examples(9, seed=0)),
-            declared_persons=9,
-            ring=ring,
-            randomness=lambda number: InsecureSeededNoise(0, "small", number),
-            protection=InsecurePlainSum(),
-            spends=SpendLog(),
-        )
+        make_agent(model, ring, make_examples, None, persons=9, declared_persons=9)
 
 
 def test_a_site_too_large_for_the_plans_delta_does_not_take_part(
     model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples
 ) -> None:
     with pytest.raises(PrivacyError, match=r"delta = 0\.001 is not below 1 / 1000"):
-        Agent(
-            site="large",
-            run="tiny",
-            plan=model.plan,
-            trainer=PrivateTrainer(model, make_examples(30, seed=0)),
-            declared_persons=1000,
-            ring=ring,
-            randomness=lambda number: InsecureSeededNoise(0, "large", number),
-            protection=InsecurePlainSum(),
-            spends=SpendLog(),
-        )
+        make_agent(model, ring, make_examples, None, declared_persons=1000)
 
 
 def test_the_agent_loads_no_torch() -> None:

@@ -10,7 +10,8 @@
     ├── MessageError             exit 8   bytes from the other side are not the message they should be
     ├── Refused                  exit 9   a site said no
     ├── RunError                 exit 10  a run failed, or its directory cannot be resumed
-    └── MissingPackage           exit 11  an optional package is not installed
+    ├── MissingPackage           exit 11  an optional package is not installed
+    └── SealError                exit 12  a sealed file is damaged, or the key is another
 
 Each message says what was wrong, the value, the limit and the remedy. It is for the person at this machine. What may
 leave a site is `outside`: one fixed sentence per class, never rows, paths or values.
@@ -101,3 +102,10 @@ class MissingPackage(ConfideError):  # noqa: N818  names the thing that is missi
             f"This needs the package {package!r}, which is not installed. "
             f"Install it with: pip install 'confide[{extra}]'"
         )
+
+
+class SealError(ConfideError):
+    """A sealed file is damaged, or the key is another."""
+
+    exit_code = 12
+    outside = "The site cannot read what it had put aside."

@@ -1,18 +1,15 @@
 """The sites of a simulated run: one table split as the setting says, and the held-out rows beside it."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 
 from confide.client.data import Reading, load_tokenizer, read_examples
 from confide.common.errors import DataError, UsageError
 from confide.common.examples import Examples, Ints
 from confide.common.plan import Plan
+from confide.common.roster import SITE_NAME
 from confide.simulations import partition
 from confide.simulations.setting import SPLITS, Setting
-
-# A site's name becomes a file's name, and travels in messages.
-_SITE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._-]{0,61}[A-Za-z0-9])?")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +78,7 @@ def _check(sites: Mapping[str, Examples], plan: Plan) -> None:
             f"The table was split into {len(sites)} sites; the plan allows {federation.min_sites} to "
             f"{federation.max_sites}. Change --sites or --column, or [federation] min_sites and max_sites."
         )
-    if any(not _SITE.fullmatch(site) for site in sites):
+    if any(not SITE_NAME.fullmatch(site) for site in sites):
         raise UsageError(
             "The column that names the sites holds a value that cannot be a name: 1 to 63 letters, digits, spaces and "
             "any of . _ - are allowed, beginning and ending with a letter or digit. Rename the sites."

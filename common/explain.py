@@ -1,9 +1,12 @@
 """A plan in plain sentences, for those who approve it."""
 
+import itertools
 from collections.abc import Iterator
 
 from confide.common.accounting import noise_multiplier, planned_cost
-from confide.common.plan import Plan, template_columns
+from confide.common.graph import COMPLETE_UP_TO, CORRUPT, SEMI_HONEST, connections, survives
+from confide.common.plan import Plan, ring_sites, ring_steps, template_columns
+from confide.common.ring import BOUND_PER_NORM, BOUND_PER_RMS, predicted
 
 
 def explain(plan: Plan) -> Iterator[tuple[str, list[str]]]:
@@ -11,6 +14,7 @@ def explain(plan: Plan) -> Iterator[tuple[str, list[str]]]:
     yield "What is trained", _trained(plan)
     yield "On what", _data(plan)
     yield "What leaves a site", _leaves(plan)
+    yield "How updates are summed", _ring(plan)
     yield "What is guaranteed", _guarantee(plan)
     yield "Who must take part", _cohort(plan)
 
@@ -53,12 +57,82 @@ def _data(plan: Plan) -> list[str]:
 
 
 def _leaves(plan: Plan) -> list[str]:
-    return [
+    federation = plan.federation
+    bits = federation.ring_bits
+    sentences = [
         "Rows, texts, labels, counts, losses and gradients never leave a site.",
         "In each round a site sends one vector: the change of the trained numbers, computed from clipped and noised "
-        "gradients, written as 32-bit integers. It sends 4 bytes per trained number.",
-        "An error leaves a site as a class name and a fixed sentence.",
+        f"gradients, written as {bits}-bit integers. It sends {bits // 8} bytes per trained number.",
+        "The vector is masked: the server learns the sum of at least ⌊2n/3⌋ + 1 sites of a cohort of n, and of at least "
+        f"{federation.min_sites}; of one site it learns nothing but what the sum shows. Masks hold while fewer than a third "
+        "of the cohort work together with the server; those can take their own parts out of the sum.",
     ]
+    if federation.graph == SEMI_HONEST and federation.max_sites > COMPLETE_UP_TO:
+        among = connections(federation.max_sites)
+        sentences.append(
+            f"In a cohort of more than {COMPLETE_UP_TO} sites each shares keys with some others only, in one of "
+            f"{among.sites} with {among.neighbours}. Then masks hold against an honest-but-curious server only, which "
+            f"follows the protocol and looks on, together with at most {float(CORRUPT):.0%} of the sites. A server that lies "
+            "may learn a single site's update, noised as it is. A site must allow this in its own policy."
+        )
+    elif federation.graph == SEMI_HONEST:
+        sentences.append(
+            f"The plan allows {SEMI_HONEST}, which is used in cohorts of more than {COMPLETE_UP_TO} sites only; here it "
+            "has no effect."
+        )
+    if federation.key_agreement == "x25519":
+        sentences.append(
+            "Keys are agreed with X25519. Whoever keeps the messages may unmask a site's vector, noised as it is, with a "
+            "later quantum computer."
+        )
+    else:
+        sentences.append(
+            "The boxes that carry key shares are sealed with X25519 and ML-KEM-768 together and withstand a later quantum "
+            "computer. The masks between sites rest on X25519 alone and do not."
+        )
+    return [*sentences, "An error leaves a site as a class name and a fixed sentence."]
+
+
+def _ring(plan: Plan) -> list[str]:
+    federation = plan.federation
+    bits, steps = federation.ring_bits, ring_steps(federation.ring_bits, federation.max_sites)
+    whose = "the length of a site's update" if bits == 32 else "each number of a site's update"
+    return [
+        f"A number is a {bits}-bit integer, {bits // 8} bytes. The sum has room for max_sites = {federation.max_sites} sites "
+        f"and cannot wrap; with {bits} bits a plan may have up to {min(ring_sites(bits), 1000)}.",
+        f"The bound on {whose} is {steps} steps wide, so a step is {1 / steps:.2g} of it. Numbers are rounded up or down "
+        "at random, so that on average nothing is lost.",
+        _bound(plan),
+    ]
+
+
+def _bound(plan: Plan) -> str:
+    """Say what a site's update may be; the numbers of trained entries are the model's, so they stay letters."""
+    training, federation = plan.training, plan.federation
+    of_adapter, signal = predicted(plan, training.learning_rate)
+    of_head, head_signal = predicted(plan, training.head_learning_rate)
+    if federation.ring_bits == 16:
+        spread = [
+            f"{BOUND_PER_RMS * noise:.3g}" + (f" + {BOUND_PER_RMS * more:.3g} / √(A + H)" if more else "")
+            for noise, more in ((of_adapter, signal), (of_head, head_signal))
+        ]
+        return (
+            f"A number of the adapter is cut at {spread[0]} and one of the head at {spread[1]}, {BOUND_PER_RMS} times as far "
+            f"as a round is predicted to move them{_LETTERS if signal else ''}. How many were cut is summed and shown."
+        )
+    if federation.update_bound is not None:
+        named = f"{federation.update_bound:g}, as the plan says"
+    else:
+        one, other = BOUND_PER_NORM * of_adapter, BOUND_PER_NORM * of_head
+        more = BOUND_PER_NORM * max(signal, head_signal)
+        named = (
+            f"√({one:.3g}² A + {other:.3g}² H){f' + {more:.3g}' if more else ''}, {BOUND_PER_NORM} times the length that is "
+            f"predicted{_LETTERS}"
+        )
+    return f"The bound is {named}. A longer update is scaled down; how many were is summed and shown."
+
+
+_LETTERS = "; A and H are how many numbers the model's adapter and head have"
 
 
 def _guarantee(plan: Plan) -> list[str]:
@@ -83,16 +157,31 @@ def _guarantee(plan: Plan) -> list[str]:
 def _cohort(plan: Plan) -> list[str]:
     federation = plan.federation
     least = federation.min_sites
-    survives = "; ".join(
-        f"a cohort of {n} survives {n - least if n > least else 'no'} dropout{'' if n - least == 1 else 's'}"
-        for n in sorted({least, least + 1, least + 2, federation.max_sites})
-        if n <= federation.max_sites
-    )
     return [
         f"{least} to {federation.max_sites} sites, each with at least {plan.privacy.min_persons} persons.",
-        f"A round's sum is opened only if at least {least} sites are in it: {survives}. With fewer, the round is void: the "
-        "adapter stays as it was, and the round still counts.",
+        f"A round's sum is opened only if at least ⌊2n/3⌋ + 1 of its cohort of n, and at least {least} sites, see the round "
+        f"through: {_dropouts(plan)}.",
+        f"If more drop out before the sum is opened, those left may try again among themselves while they are at least "
+        f"{least}. Otherwise the round is void: the adapter stays as it was, and the round still counts.",
     ]
+
+
+def _dropouts(plan: Plan) -> str:
+    """Say how many dropouts the smallest cohorts survive, and the largest."""
+    least, most = plan.federation.min_sites, plan.federation.max_sites
+
+    def spare(sites: int) -> int:
+        return min(survives(sites), sites - least)
+
+    groups = itertools.groupby(range(least, most + 1), spare)  # few are looked at: a graph of many sites takes its time
+    told = [(next(sizes), max(sizes, default=0), dropouts) for dropouts, sizes in itertools.islice(groups, 3)]
+    if max(told[-1][:2]) < most:
+        told.append((most, 0, spare(most)))
+    first, *more = (
+        f"{start}{f' to {end}' if end else ''} survives {dropouts or 'no'} dropout{'' if dropouts == 1 else 's'}"
+        for start, end, dropouts in told
+    )
+    return "; ".join([f"a cohort of {first}", *(f"one of {group}" for group in more)])
 
 
 def _epsilon(value: float) -> str:

@@ -15,10 +15,12 @@ from pathlib import Path
 
 from confide.common.canonical import canonical_bytes, sha256
 from confide.common.errors import PlanError, UsageError
+from confide.common.graph import COMPLETE, COMPLETE_UP_TO, SEMI_HONEST
 from confide.common.settings import Meaning, holds_control, read_section, setting, shown, toml_value
 
 FORMAT = "confide-plan/1"
 LARGEST_PLAN_BYTES = 1 << 20
+LEAST_RING_STEPS = 127  # fewer, and a site whose update is much smaller than predicted would mostly send rounding
 _MOST_DOTS = 100  # in one key; the parser's time grows with their square
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -222,13 +224,29 @@ class Federation:
         "Momentum of fedavgm, or beta 1 of fedadam; 0.9 if absent.", default=None, at_least=0, below=1
     )
     update_bound: float | None = setting(
-        "The largest L2 norm of a site's update that the ring encodes; longer ones are scaled down. "
+        "The largest L2 norm of a site's update that a ring of 32 bits encodes; longer ones are scaled down. "
         "If absent it follows from the learning rates and steps.",
         default=None,
         above=0,
         at_most=1e6,
     )
-    ring_bits: int = setting("The width of the integers that are summed.", default=32, at_least=32, at_most=32)
+    ring_bits: int = setting(
+        "The width of the integers that are summed; 16 halves what a site sends and has coarser steps.",
+        default=32,
+        choices=(32, 16),
+    )
+    key_agreement: str = setting(
+        "How the boxes that carry key shares are sealed; the second withstands a later quantum computer for these boxes, "
+        "not for the masks.",
+        default="x25519",
+        choices=("x25519", "x25519+ml-kem-768"),
+    )
+    graph: str = setting(
+        f"Who shares keys with whom. Above {COMPLETE_UP_TO} sites only {SEMI_HONEST} is possible; its guarantee holds "
+        "against an honest-but-curious server only. Smaller cohorts are complete with either.",
+        default=COMPLETE,
+        choices=(COMPLETE, SEMI_HONEST),
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -388,6 +406,45 @@ def _contradictions(plan: Plan) -> Iterator[str]:
         yield f"[federation] min_sites = {federation.min_sites} exceeds max_sites = {federation.max_sites}."
     if federation.server_momentum is not None and federation.server_optimizer == "fedavg":
         yield "[federation] server_momentum has no effect on fedavg. Remove it, or choose fedavgm or fedadam."
+    yield from _summation_faults(federation)
+
+
+def _summation_faults(federation: Federation) -> Iterator[str]:
+    sites, bits = federation.max_sites, federation.ring_bits
+    if sites > COMPLETE_UP_TO and federation.graph == COMPLETE:
+        yield (
+            f"[federation] max_sites = {sites} is too many for a complete graph, which joins at most {COMPLETE_UP_TO}. "
+            f'Lower max_sites, or set graph = "{SEMI_HONEST}", whose guarantee holds against an honest-but-curious '
+            "server only."
+        )
+    if ring_steps(bits, sites) < LEAST_RING_STEPS:
+        yield (
+            f"[federation] ring_bits = {bits} leaves a number {ring_steps(bits, sites)} steps to either side if the sums of "
+            f"max_sites = {sites} sites must fit; at least {LEAST_RING_STEPS} are needed. Lower max_sites to "
+            f"{ring_sites(bits)}, or set ring_bits = 32."
+        )
+    if bits == 16 and federation.update_bound is not None:
+        yield (
+            f"[federation] update_bound = {federation.update_bound:g} bounds the length of a whole update, but with "
+            "ring_bits = 16 each number is bounded on its own. Remove update_bound, or set ring_bits = 32."
+        )
+
+
+def ring_steps(bits: int, sites: int) -> int:
+    """Return the largest magnitude a ring entry may have, so that a sum over `sites` sites never wraps.
+
+    It is the largest q with sites × (q + 1) ≤ 2^(bits - 1) - 1; the + 1 is what stochastic rounding may add.
+
+    Args:
+        bits: The width of the ring's integers.
+        sites: How many vectors may be summed, at least 1.
+    """
+    return int(2 ** (bits - 1) - 1) // sites - 1
+
+
+def ring_sites(bits: int) -> int:
+    """Return how many sites a ring of so many bits has room for, each number having LEAST_RING_STEPS steps."""
+    return int(2 ** (bits - 1) - 1) // (LEAST_RING_STEPS + 1)
 
 
 def _template_faults(data: Data) -> Iterator[str]:

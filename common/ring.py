@@ -1,12 +1,17 @@
-"""Float vectors as integers modulo 2^32, so that a sum of many is exact and can be masked.
+"""Float vectors as integers modulo 2^32 or 2^16, so that a sum of many is exact and can be masked.
 
-A site's update is bounded in L2 norm, scaled, rounded to integers and written modulo 2^32. Sums of such vectors
-are exact; the sum of at most `max_sites` of them cannot wrap, which `RingLayout` proves before a round begins.
+A site's update is bounded, scaled, rounded to integers and written modulo the ring. Sums of such vectors are exact; the
+sum of at most `max_sites` of them cannot wrap, which `RingLayout` proves before a round begins.
+
+With 32 bits the update's L2 norm is bounded, and there is one scale. With 16 bits a step is coarser, so each segment of
+the vector has a bound on the magnitude of its numbers, and a scale of its own. Two entries follow the update and tell
+what the bounds did to it. They are functions of the noised update, so they cost no privacy.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from typing import Self
 
 import numpy as np
@@ -15,75 +20,138 @@ import numpy.typing as npt
 from confide.common.accounting import noise_multiplier
 from confide.common.adapter import Layout
 from confide.common.canonical import canonical_bytes, sha256
+from confide.common.crypto import BLOCK_BYTES, Keystream, Scratch
 from confide.common.errors import MessageError, PlanError
-from confide.common.plan import Plan
+from confide.common.plan import Plan, ring_steps
 
-RING_BITS = 32
-_BLOCK = 1 << 14  # entries encoded at once
+BOUND_PER_NORM = 3  # the default update_bound, in predicted norms
+BOUND_PER_RMS = 8  # a segment's bound, in predicted rms values of its entries
+_TAIL = 2
+_BLOCK = 1 << 15  # entries gone through at once, so that they and their float64 copies stay in the cache
+_DRAWS = BLOCK_BYTES // 2  # uniforms in one block of the keystream; a multiple of _BLOCK
 
 Floats = npt.NDArray[np.float32]
-Words = npt.NDArray[np.uint32]
-# Draws that many independent uniforms in [0, 1), float64.
-Uniforms = Callable[[int], npt.NDArray[np.float64]]
+Wire = npt.NDArray[np.uint32]
+RingWords = npt.NDArray[np.uint32 | np.uint16]
+Signed = npt.NDArray[np.int32 | np.int16]
+Numbers = npt.NDArray[np.float32 | np.int32 | np.int16]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RingLayout:
     """How a vector is laid out in the ring; equal at all sites and the server.
 
+    In the ring a vector has `size` entries: the update; 1 if a bound changed it, else 0; the share of its entries that
+    were cut, where `largest` is all of them; and a 0 if words of 16 bits would not fill whole uint32 otherwise.
+
     Attributes:
-        length: Entries of the vector.
-        update_bound: Largest L2 norm that is encoded.
+        length: Entries of the update.
         max_sites: How many vectors may be summed.
+        bits: The width of a word, 32 or 16.
+        update_bound: With 32 bits, the largest L2 norm that is encoded.
+        segments: With 16 bits, runs of entries that fill the length: how many, and the largest magnitude encoded.
     """
 
     length: int
-    update_bound: float
     max_sites: int
+    bits: int = 32
+    update_bound: float | None = None
+    segments: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.length < 1 or self.max_sites < 1 or not 0 < self.update_bound < math.inf:
+        spans = self._spans
+        sound = all(length >= 1 and 0 < bound < math.inf for length, bound in spans) and self.length >= 1
+        kind = self.bits == (16 if self.update_bound is None else 32) and not (self.update_bound and self.segments)
+        if not (sound and kind and self.max_sites >= 1 and sum(length for length, _ in spans) == self.length):
             raise PlanError(
-                f"A ring of {self.length} entries, bound {self.update_bound:g} and {self.max_sites} sites cannot be: "
-                "all three must be positive and finite."
-            )
-        if not math.isfinite(self.scale):
-            raise PlanError(
-                f"The update bound {self.update_bound:g} is too small to be written in integers. "
-                "Raise [federation] update_bound or the learning rates."
+                f"A ring of {self.bits} bits, {self.length} entries, {self.max_sites} sites and (entries, bound) {spans} "
+                "cannot be: it has 32 bits and an update_bound, or 16 bits and segments that add up to the length; all "
+                "are positive and finite."
             )
         if self.largest < 1:
             raise PlanError(
-                f"A {RING_BITS}-bit ring has no room for the sum of {self.max_sites} sites. "
-                "Lower [federation] max_sites."
+                f"A {self.bits}-bit ring has no room for the sum of {self.max_sites} sites. Lower [federation] max_sites."
+            )
+        smallest = min(bound for _, bound in spans)
+        if not math.isfinite(self.largest / smallest * 2.0**128):  # 2^128 is beyond every float32
+            raise PlanError(
+                f"The update bound {smallest:g} is too small to be written in integers. "
+                "Raise [federation] update_bound or the learning rates."
             )
 
     @property
     def largest(self) -> int:
-        """The largest magnitude an entry may have, so that max_sites × (largest + 1) stays below 2^31.
+        """The largest magnitude an entry may have, so that max_sites × (largest + 1) stays below 2^(bits - 1).
 
         The + 1 is what stochastic rounding may add. Hence the sum of max_sites vectors never wraps.
         """
-        return int(2 ** (RING_BITS - 1) - 1) // self.max_sites - 1
+        return ring_steps(self.bits, self.max_sites)
 
     @property
-    def scale(self) -> float:
-        """Ring units per unit of the vector."""
-        return self.largest / self.update_bound
+    def size(self) -> int:
+        """Entries in the ring: the update, two that tell what was bounded, and what fills up the last uint32."""
+        bare = self.length + _TAIL
+        return bare + bare % 2 if self.bits == 16 else bare
+
+    @property
+    def dtype(self) -> np.dtype[np.uint32 | np.uint16]:
+        """The type of a word."""
+        return np.dtype(np.uint32) if self.bits == 32 else np.dtype(np.uint16)
 
     @property
     def digest(self) -> str:
         """SHA-256 over the layout."""
-        return sha256(canonical_bytes({"format": "confide-ring/1", "bits": RING_BITS, **dataclasses.asdict(self)}))
+        return sha256(canonical_bytes({"format": "confide-ring/1", **dataclasses.asdict(self)}))
+
+    def packed(self, words: RingWords) -> Wire:
+        """Return `words`, (size,), as the uint32 that travel: a view, in which two words of 16 bits are one uint32.
+
+        Raises:
+            MessageError: The words have another shape or type.
+        """
+        _check_fit("Words", words, self.size, self.dtype)
+        return words.view(np.uint32)
+
+    def unpacked(self, wire: Wire) -> RingWords:
+        """Return the words, (size,), that `packed` made `wire` of: a view.
+
+        Raises:
+            MessageError: The wire has another shape or type.
+        """
+        _check_fit("A vector", wire, self.size * self.dtype.itemsize // 4, np.dtype(np.uint32))
+        return wire.view(self.dtype)
+
+    @property
+    def _spans(self) -> tuple[tuple[int, float], ...]:
+        return self.segments if self.update_bound is None else ((self.length, self.update_bound),)
+
+    def _blocks(self) -> Iterator[tuple[slice, float]]:
+        """Yield (entries, bound) over the update; no block crosses a multiple of _BLOCK or the end of a segment."""
+        start = end = 0
+        for length, bound in self._spans:
+            end += length
+            while start < end:
+                stop = min(end, (start // _BLOCK + 1) * _BLOCK)
+                yield slice(start, stop), bound
+                start = stop
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RingVector:
-    """One site's update in the ring. It is not masked yet, so it has no way out of the site."""
+    """One site's update in the ring, `words` (size,). It is not masked yet, so it has no way out of the site."""
 
-    words: Words
+    words: RingWords
     layout: RingLayout
-    bounded: bool  # whether the update was longer than update_bound and had to be scaled down
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the update was beyond a bound, and was scaled down (32 bits) or cut (16 bits)."""
+        return bool(self.words[self.layout.length])
+
+    @property
+    def saturated(self) -> float:
+        """The share of entries that were cut, from 0 to 1."""
+        return int(self.words[self.layout.length + 1]) / self.layout.largest
 
     def __repr__(self) -> str:
         return f"<RingVector of {self.layout.length} entries>"
@@ -91,22 +159,19 @@ class RingVector:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RingSum:
-    """The exact sum of `count` ring vectors."""
+    """The exact sum of `count` ring vectors, `words` (size,). If a site did not follow the rules, it may be anything."""
 
-    words: Words
+    words: RingWords
     layout: RingLayout
     count: int
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= self.layout.max_sites:
             raise MessageError(
-                f"A sum of {self.count} vectors was offered; the ring has room for 1 to {self.layout.max_sites}."
+                f"A sum of {self.count} vectors was offered; the ring has room for 1 to {self.layout.max_sites}. "
+                "Discard it."
             )
-        if self.words.shape != (self.layout.length,) or self.words.dtype != np.uint32:
-            raise MessageError(
-                f"A sum of shape {self.words.shape}, {self.words.dtype} was offered; "
-                f"({self.layout.length},), uint32 was due."
-            )
+        _check_fit("A sum", self.words, self.layout.size, self.layout.dtype)
 
     def __repr__(self) -> str:
         return f"<RingSum of {self.count} vectors of {self.layout.length} entries>"
@@ -119,71 +184,192 @@ class Update:
     Attributes:
         mean: (length,), float32.
         count: How many sites are in it.
+        bounded: The share of sites whose update was scaled down or cut.
+        saturated: The share of entries that were cut, over all sites.
     """
 
     mean: Floats
     count: int
+    bounded: float = 0.0
+    saturated: float = 0.0
 
     @classmethod
     def decode(cls, total: RingSum) -> Self:
-        """Return the mean update that a sum stands for; the exact inverse of the scale, up to float32 rounding."""
-        signed = total.words.view(np.int32).astype(np.float64)
-        return cls(mean=(signed / (total.layout.scale * total.count)).astype(np.float32), count=total.count)
+        """Return the mean update that a sum stands for; the exact inverse of the scale, up to float32 rounding.
+
+        A sum that came from sites goes through `check_sum` first. It stays as it is, and no vector but the mean is made.
+        """
+        layout, count, signed = total.layout, total.count, _signed(total.words)
+        mean = np.empty(layout.length, np.float32)
+        for block, bound in layout._blocks():
+            unit = bound / (layout.largest * count)
+            np.multiply(signed[block], unit, out=mean[block], dtype=np.float64, casting="same_kind")
+        bounded, saturated = (int(value) / count for value in signed[layout.length : layout.length + _TAIL])
+        return cls(mean=mean, count=count, bounded=bounded, saturated=saturated / layout.largest)
+
+
+def encode(update: Floats, layout: RingLayout, rounding: Keystream) -> RingVector:
+    """Return `update` in the ring, without bias: on average it decodes to the update, bounded.
+
+    With 32 bits an update longer than the bound is scaled down; with 16 bits each number beyond its bound is cut. Entry
+    i becomes ⌊x + (k + 0.5) / 65536⌋, where x is its value in ring units and k the keystream's little-endian bytes 2 i
+    and 2 i + 1, counted from the start of block 0.
+
+    Args:
+        update: (length,), float32, finite.
+        layout: The ring's layout.
+        rounding: The keystream of a key used for this one update only.
+
+    Raises:
+        MessageError: The vector has another length or holds a value that is not finite.
+
+    Guarantee: no entry is larger than largest + 1, and the expected entry is within 2^-17 of x.
+    Source: stochastic rounding as in Bonawitz et al. 2017 (arXiv 1611.04482) followed by Agarwal et al. 2018.
+    """
+    if update.shape != (layout.length,):
+        raise MessageError(f"An update of shape {update.shape} was to be encoded; ({layout.length},) was due.")
+    norm_bound, cut, shrink = layout.update_bound, 0, 1.0
+    if norm_bound is not None:
+        norm = _norm(update)
+        _check_finite(norm)
+        shrink = min(1.0, norm_bound / norm) if norm else 1.0
+    words = np.empty(layout.size, layout.dtype)
+    signed = _signed(words)
+    room, draws_room = np.empty(_BLOCK), np.empty(_BLOCK)
+    scratch, drawn, stream = Scratch(), -1, np.empty(0, np.dtype("<u2"))
+    for block, bound in layout._blocks():
+        part, count = update[block], block.stop - block.start
+        number, place = divmod(block.start, _DRAWS)
+        if number != drawn:
+            drawn, stream = number, rounding.block(number, scratch).view("<u2")
+        values, draws = room[:count], draws_room[:count]
+        np.multiply(part, layout.largest / bound * shrink, out=values, dtype=np.float64)
+        if norm_bound is None:
+            farthest = _farthest(part)
+            _check_finite(farthest)
+            if farthest > bound:
+                cut += int(np.count_nonzero(np.abs(part) > np.float64(bound)))
+                np.clip(values, -layout.largest, layout.largest, out=values)
+        np.add(stream[place : place + count], 0.5, out=draws, dtype=np.float64)
+        draws *= 2.0**-16
+        values += draws
+        np.floor(values, out=values)
+        np.copyto(signed[block], values, casting="unsafe")  # the layout proves that they fit
+    share = round(cut / layout.length * layout.largest)
+    words[layout.length :] = (shrink < 1 or cut > 0, share, 0)[: layout.size - layout.length]
+    return RingVector(words=words, layout=layout)
+
+
+def check_sum(total: RingSum) -> None:
+    """Return if `total` can be the sum of as many vectors as it says, all made by `encode`.
+
+    With 32 bits the L2 norm of the entries is at most count × (largest + √length), as rounding moves each entry by less
+    than one. With 16 bits no entry is beyond count × (largest + 1); when count is near max_sites that says little. Of
+    the entries behind, the first is at most count, the second count × largest, and what fills up is 0.
+
+    Raises:
+        MessageError: It cannot: a site sent a vector that breaks the rules.
+    """
+    count, signed, faults = total.count, _signed(total.words), []
+    largest, length = total.layout.largest, total.layout.length
+    bounded, saturated, *filling = (int(value) for value in signed[length:])
+    if total.layout.bits == 32:
+        found, limit = _norm(signed[:length]), count * (largest + math.sqrt(length))
+    else:
+        found, limit = _farthest(signed[:length]), count * (largest + 1)
+    if found > limit:
+        faults.append(f"it is larger than they can be ({found:.0f} ring units, at most {limit:.0f})")
+    if not 0 <= bounded <= count or not 0 <= saturated <= count * largest:
+        faults.append(f"it tells of {bounded} bounded updates and {saturated} / {largest} of entries cut")
+    if any(filling):
+        faults.append(f"what fills up its last word is {filling[0]}, not 0")
+    if faults:
+        raise MessageError(
+            f"This cannot be the sum of {count} honest vectors: {'; '.join(faults)}. A site sent something else; which "
+            "one, the sum does not tell. Discard the round."
+        )
 
 
 def ring_layout(plan: Plan, layout: Layout, head: Iterable[str]) -> RingLayout:
     """Return the ring layout of a plan for an adapter of this layout, `head` naming the head's tensors.
 
-    The update bound is the plan's, or else follows from it: with Adam a coordinate moves by at most about its learning
-    rate per step; with SGD it is three times the predicted norm of signal and noise at the smallest allowed site.
+    With 32 bits the update bound is the plan's, or else BOUND_PER_NORM times `predicted_norm`. With 16 bits a segment
+    is a run of tensors with one learning rate, bounded by BOUND_PER_RMS times the predicted rms of its entries.
     """
-    bound = plan.federation.update_bound
-    if bound is None:
-        names = frozenset(head)
-        training, privacy = plan.training, plan.privacy
-        squares = sum(
-            math.prod(shape) * (training.head_learning_rate if name in names else training.learning_rate) ** 2
-            for name, shape in layout.tensors
+    federation = plan.federation
+    if federation.ring_bits == 32:
+        bound = federation.update_bound or BOUND_PER_NORM * predicted_norm(plan, layout, head)
+        return RingLayout(length=layout.length, update_bound=bound, max_sites=federation.max_sites)
+    segments = []
+    for rate, run in itertools.groupby(_rates(plan, layout, head), key=lambda entry: entry[1]):
+        noise, signal = predicted(plan, rate)
+        rms = noise + signal / math.sqrt(layout.length)
+        segments.append((sum(size for size, _ in run), BOUND_PER_RMS * rms))
+    return RingLayout(length=layout.length, max_sites=federation.max_sites, bits=16, segments=tuple(segments))
+
+
+def predicted_norm(plan: Plan, layout: Layout, head: Iterable[str]) -> float:
+    """Return the L2 norm of noise and signal that a round's update is predicted to have at the smallest allowed site."""
+    moves = [(size, *predicted(plan, rate)) for size, rate in _rates(plan, layout, head)]
+    return math.sqrt(sum(size * noise**2 for size, noise, _ in moves)) + max(signal for _, _, signal in moves)
+
+
+def predicted(plan: Plan, learning_rate: float) -> tuple[float, float]:
+    """Return (noise, signal): how far a round moves the numbers of one learning rate at the smallest allowed site.
+
+    Noise is the root of the mean square of one number. With Adam it is min(T, 1.2 √T) learning rates after T steps,
+    whatever the gradients' noise: measured, and right within 25 % from 1 to 256 steps. With SGD it is √T learning rates
+    times σ × clip_norm / divisor.
+
+    Signal is an L2 norm: with SGD that of T gradients of length clip_norm that all point the same way. With Adam it is
+    0: gradients that all agree move a number by T learning rates, which BOUND_PER_NORM covers up to 12 steps and
+    BOUND_PER_RMS up to 92; updates beyond are scaled down or cut, and the round's record says so.
+    """
+    privacy, steps = plan.privacy, plan.privacy.steps_per_round
+    if plan.training.optimizer == "adam":
+        return min(steps, 1.2 * math.sqrt(steps)) * learning_rate, 0.0
+    divisor = privacy.sampling_rate * privacy.min_persons
+    noise = math.sqrt(steps) * noise_multiplier(privacy) * privacy.clip_norm / divisor
+    return noise * learning_rate, steps * privacy.clip_norm * learning_rate
+
+
+def _rates(plan: Plan, layout: Layout, head: Iterable[str]) -> Iterator[tuple[int, float]]:
+    """Yield (size, learning rate) of each tensor, in the layout's order."""
+    names, training = frozenset(head), plan.training
+    for name, shape in layout.tensors:
+        yield math.prod(shape), training.head_learning_rate if name in names else training.learning_rate
+
+
+def _norm(values: Numbers) -> float:
+    """Return the L2 norm, computed in float64 block by block."""
+    room, squares = np.empty(_BLOCK), 0.0
+    for start in range(0, len(values), _BLOCK):
+        part = values[start : start + _BLOCK]
+        block = room[: len(part)]
+        np.copyto(block, part)
+        squares += float(np.dot(block, block))
+    return math.sqrt(squares)
+
+
+def _farthest(values: Numbers) -> float:
+    """Return the largest magnitude, or NaN if there is a NaN."""
+    low, high = float(values.min()), float(values.max())
+    return max(-low, high)
+
+
+def _check_finite(farthest: float) -> None:
+    if not math.isfinite(farthest):
+        raise MessageError("An update with a value that is not finite was to be encoded. Nothing of it is sent.")
+
+
+def _signed(words: RingWords) -> Signed:
+    """Return `words` as the signed integers they stand for: a view."""
+    return words.view(np.int32) if words.dtype == np.uint32 else words.view(np.int16)
+
+
+def _check_fit(what: str, found: npt.NDArray[np.generic], due: int, dtype: np.dtype[np.uint32 | np.uint16]) -> None:
+    if found.shape != (due,) or found.dtype != dtype:
+        raise MessageError(
+            f"{what} of shape {found.shape}, {found.dtype} was offered; ({due},), {dtype} was due. Discard it, and check "
+            "that both sides have the same plan and base model."
         )
-        if training.optimizer == "adam":
-            bound = privacy.steps_per_round * math.sqrt(squares)
-        else:
-            divisor = privacy.sampling_rate * privacy.min_persons
-            noise = (
-                math.sqrt(squares * privacy.steps_per_round) * noise_multiplier(privacy) * privacy.clip_norm / divisor
-            )
-            signal = max(training.learning_rate, training.head_learning_rate)
-            bound = 3 * (noise + signal * privacy.steps_per_round * privacy.clip_norm)
-    return RingLayout(length=layout.length, update_bound=bound, max_sites=plan.federation.max_sites)
-
-
-def encode(update: Floats, layout: RingLayout, uniforms: Uniforms) -> RingVector:
-    """Return `update` in the ring, unbiased: the expected decoded value is the update, scaled down if too long.
-
-    Args:
-        update: (length,), float32, finite.
-        layout: The ring's layout.
-        uniforms: Where stochastic rounding takes its randomness from.
-
-    Raises:
-        MessageError: The vector has another length or holds a value that is not finite.
-
-    Source: stochastic rounding as in Bonawitz et al. 2017 (arXiv 1611.04482) followed by Agarwal et al. 2018.
-    """
-    if update.shape != (layout.length,):
-        raise MessageError(f"An update of shape {update.shape} was to be encoded; ({layout.length},) was due.")
-    blocks = [slice(start, start + _BLOCK) for start in range(0, layout.length, _BLOCK)]  # each stays in the cache
-    norm = math.sqrt(sum(float(np.dot(v, v)) for v in (update[block].astype(np.float64) for block in blocks)))
-    if not math.isfinite(norm):
-        raise MessageError("An update with a value that is not finite was to be encoded.")
-    bounded = norm > layout.update_bound
-    factor = layout.scale * (layout.update_bound / norm if bounded else 1.0)
-    words = np.empty(layout.length, np.int32)
-    for block in blocks:
-        values = update[block].astype(np.float64)
-        values *= factor
-        below = np.floor(values)
-        values -= below
-        words[block] = below  # the layout proves that it fits, with the one that rounding may add
-        words[block] += uniforms(len(values)) < values
-    return RingVector(words=words.view(np.uint32), layout=layout, bounded=bounded)

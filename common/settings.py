@@ -23,7 +23,7 @@ class Meaning:
     at_least: float | None = None
     below: float | None = None
     at_most: float | None = None
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] | tuple[int, ...] = ()
     example: object = None
 
     @property
@@ -41,7 +41,7 @@ class Meaning:
             if bound is not None
         ]
         if self.choices:
-            words.append("one of " + ", ".join(self.choices))
+            words.append("one of " + ", ".join(map(str, self.choices)))
         return ", ".join(words)
 
 
@@ -53,7 +53,7 @@ def setting(
     at_least: float | None = None,
     below: float | None = None,
     at_most: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: tuple[str, ...] | tuple[int, ...] = (),
     example: object = None,
 ) -> Any:  # noqa: ANN401  like dataclasses.field, it stands for a value of the field's type
     """Declare one key.
@@ -65,7 +65,7 @@ def setting(
         at_least: Inclusive lower bound of a number, or of the length of a list or text.
         below: Exclusive upper bound of a number.
         at_most: Inclusive upper bound of a number, or of the length of a list or text.
-        choices: The only texts allowed.
+        choices: The only texts or whole numbers allowed.
         example: What a starter file shows for a required key.
     """
     meaning = Meaning(
@@ -134,7 +134,7 @@ def _text_fault(value: object, meaning: Meaning) -> str:
     if not isinstance(value, str):
         return "is not text in quotes"
     if meaning.choices and value not in meaning.choices:
-        near = _nearest(value, meaning.choices)
+        near = _nearest(value, map(str, meaning.choices))
         return f"is not {meaning.limit}" + (f" (did you mean {near!r}?)" if near else "")
     if holds_control(value):
         return "holds a control character"
@@ -148,6 +148,8 @@ def _number(hint: object, value: object, meaning: Meaning) -> tuple[str, object]
         return "is not a whole number", value
     if isinstance(value, float) and not math.isfinite(value):
         return "is not a finite number", value
+    if meaning.choices and value not in meaning.choices:
+        return f"is not {meaning.limit}", value
     outside = (
         (meaning.above is not None and value <= meaning.above)
         or (meaning.at_least is not None and value < meaning.at_least)

@@ -10,20 +10,24 @@ from pathlib import Path
 import pytest
 
 from confide.common.errors import PlanError, UsageError
+from confide.common.explain import explain
 from confide.common.plan import (
     LARGEST_PLAN_BYTES,
+    LEAST_RING_STEPS,
     Plan,
     differences,
     load_plan,
     read_plan,
     reference,
+    ring_sites,
+    ring_steps,
     starter,
     template_columns,
 )
 from confide.common.settings import Meaning, toml_value
 
 STARTER = starter("demo", "tiny-bert", "sha256:" + "0" * 64, ["query", "value"])
-PINNED_DIGEST = "sha256:28943ba26ee8c26a88865e19b9ead86e908654554e9b522c758ca1c700db19b6"
+PINNED_DIGEST = "sha256:2097472f7fa91dad72942d121c35766c615f5df1b986e54ee373f615ccd475ba"
 SECTIONS = [field.name for field in dataclasses.fields(Plan) if field.name not in {"name", "purpose"}]
 
 Edit = Callable[[str], str]
@@ -139,11 +143,20 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
     "two sites": (put("min_sites", "2"), "min_sites = 2 is outside its range (at least 3"),
     "momentum one": (put("server_momentum", "1.0"), "server_momentum = 1.0 is outside its range (at least 0, below 1)"),
     "update bound zero": (put("update_bound", "0"), "update_bound = 0 is outside its range"),
-    "ring of 16 bits": (put("ring_bits", "16"), "ring_bits = 16 is outside its range"),
+    "ring of 24 bits": (put("ring_bits", "24"), "[federation] ring_bits = 24 is not one of 32, 16. It means:"),
+    "ring of no whole bits": (put("ring_bits", "16.0"), "[federation] ring_bits = 16.0 is not a whole number"),
+    "ring of true bits": (put("ring_bits", "true"), "[federation] ring_bits = true is not a number"),
+    "ring of bits in quotes": (put("ring_bits", '"16"'), '[federation] ring_bits = "16" is not a number'),
+    "ring of too many bits": (put("ring_bits", "9" * 400), "is not one of 32, 16"),
     "seed negative": (put("seed", "-1"), "seed = -1 is outside its range"),
     "seed beyond 63 bits": (put("seed", str(2**63)), "is outside its range"),
     # Texts and lists.
     "an unknown choice": (put("score", '"f1"'), '[task] score = "f1" is not one of accuracy, macro-f1, auroc'),
+    "key agreement unknown": (put("key_agreement", '"x25518"'), "is not one of x25519, x25519+ml-kem-768 (did you"),
+    "graph unknown": (
+        put("graph", '"sparse"'),
+        '[federation] graph = "sparse" is not one of complete, semi_honest_graph',
+    ),
     "a choice misspelt": (put("optimizer", '"adan"'), "is not one of adam, sgd (did you mean 'adam'?)"),
     "a control character": (put("label", '"la\\u0000bel"'), "holds a control character"),
     "a control character in a list": (put("labels", '["a", "\\u001b[31m"]'), "an entry that holds a control character"),
@@ -193,6 +206,18 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
         "rounds × steps_per_round = 1001000 steps; at most 1000000",
     ),
     "least sites above most": (put("min_sites", "17"), "min_sites = 17 exceeds max_sites = 16"),
+    "complete graph of too many": (
+        put("max_sites", "65"),
+        'max_sites = 65 is too many for a complete graph, which joins at most 64. Lower max_sites, or set graph = "semi_ho',
+    ),
+    "16 bits for too many sites": (
+        both(put("max_sites", "256"), put("graph", '"semi_honest_graph"'), put("ring_bits", "16")),
+        "ring_bits = 16 leaves a number 126 steps to either side if the sums of max_sites = 256 sites must fit; at least 127",
+    ),
+    "a length bound for 16 bits": (
+        both(put("update_bound", "2.5"), put("ring_bits", "16")),
+        "update_bound = 2.5 bounds the length of a whole update, but with ring_bits = 16 each number is bounded on its own",
+    ),
     "momentum without use": (put("server_momentum", "0.9"), "server_momentum has no effect on fedavg"),
 }
 
@@ -365,6 +390,158 @@ def test_every_default_and_example_is_within_its_own_range() -> None:
         plan = read_plan(put_in(section, key, default)(STARTER).encode())
 
         assert spelled_value(getattr(getattr(plan, section), key)) == default
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        put("max_sites", "64"),
+        both(put("max_sites", "64"), put("ring_bits", "16")),
+        both(put("max_sites", "65"), put("graph", '"semi_honest_graph"')),
+        both(put("max_sites", "1000"), put("graph", '"semi_honest_graph"')),
+        both(put("max_sites", "255"), put("graph", '"semi_honest_graph"'), put("ring_bits", "16")),
+        put("key_agreement", '"x25519+ml-kem-768"'),
+        put("graph", '"semi_honest_graph"'),
+    ],
+)
+def test_plans_at_the_edge_of_what_can_be_summed_are_accepted(edit: Edit) -> None:
+    changed = edit(STARTER)
+
+    assert read_plan(changed.encode()).digest != read_plan(STARTER.encode()).digest
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_ring_steps_leave_room_for_every_site_and_one_step_more_would_not(bits: int) -> None:
+    for sites in (1, 2, 3, 7, 64, 255, 1000):
+        steps = ring_steps(bits, sites)
+
+        assert sites * (steps + 1) < 2 ** (bits - 1)
+        assert sites * (steps + 2) >= 2 ** (bits - 1)
+
+
+def test_16_bits_have_room_for_255_sites_and_32_bits_for_all() -> None:
+    assert ring_sites(16) == 255
+    assert ring_steps(16, 255) >= LEAST_RING_STEPS > ring_steps(16, 256)
+    assert ring_sites(32) >= 1000
+
+
+EXPLAINED: dict[str, tuple[Edit, str, str]] = {
+    "32 bits": (
+        put("ring_bits", "32"),
+        "What leaves a site",
+        "as 32-bit integers. It sends 4 bytes per trained number.",
+    ),
+    "16 bits": (
+        put("ring_bits", "16"),
+        "What leaves a site",
+        "as 16-bit integers. It sends 2 bytes per trained number.",
+    ),
+    "masked": (
+        put("min_sites", "4"),
+        "What leaves a site",
+        "the server learns the sum of at least ⌊2n/3⌋ + 1 sites of a cohort of n, and of at least 4;",
+    ),
+    "one kind of key": (put("key_agreement", '"x25519"'), "What leaves a site", "Keys are agreed with X25519. Whoever"),
+    "two kinds of keys": (
+        put("key_agreement", '"x25519+ml-kem-768"'),
+        "What leaves a site",
+        "withstand a later quantum computer. The masks between sites rest on X25519 alone and do not.",
+    ),
+    "a sparse graph": (
+        both(put("max_sites", "100"), put("graph", '"semi_honest_graph"')),
+        "What leaves a site",
+        "in one of 100 with 42. Then masks hold against an honest-but-curious server only, which",
+    ),
+    "a sparse graph for few": (
+        put("graph", '"semi_honest_graph"'),
+        "What leaves a site",
+        "in cohorts of more than 64 sites only; here it has no effect.",
+    ),
+    "room of 32 bits": (
+        put("max_sites", "64"),
+        "How updates are summed",
+        "A number is a 32-bit integer, 4 bytes. The sum has room for max_sites = 64 sites and cannot wrap; with 32 bits a "
+        "plan may have up to 1000.",
+    ),
+    "room of 16 bits": (put("ring_bits", "16"), "How updates are summed", "with 16 bits a plan may have up to 255."),
+    "steps of 32 bits": (
+        put("max_sites", "10"),
+        "How updates are summed",
+        "The bound on the length of a site's update is 214748363 steps wide, so a step is 4.7e-09 of it.",
+    ),
+    "steps of 16 bits": (
+        put("ring_bits", "16"),
+        "How updates are summed",
+        "The bound on each number of a site's update is 2046 steps wide, so a step is 0.00049 of it.",
+    ),
+    # Four Adam steps move a number by 2.4 learning rates, 0.002 and 0.01.
+    "a bound of three norms": (
+        put("optimizer", '"adam"'),
+        "How updates are summed",
+        "The bound is √(0.0144² A + 0.072² H), 3 times the length that is predicted; A and H are how many numbers",
+    ),
+    "a bound of eight rms": (
+        put("ring_bits", "16"),
+        "How updates are summed",
+        "A number of the adapter is cut at 0.0384 and one of the head at 0.192, 8 times as far as a round is predicted to "
+        "move them. How many",
+    ),
+    # Four SGD steps on gradients of length 1 may go 0.008 and 0.04 far.
+    "a bound of noise and signal": (
+        put("optimizer", '"sgd"'),
+        "How updates are summed",
+        "² H) + 0.12, 3 times the length that is predicted;",
+    ),
+    "a bound of noise and spread signal": (
+        both(put("optimizer", '"sgd"'), put("ring_bits", "16")),
+        "How updates are summed",
+        " + 0.064 / √(A + H) and one of the head at ",
+    ),
+    "a given bound": (
+        put("update_bound", "2.5"),
+        "How updates are summed",
+        "The bound is 2.5, as the plan says. A longer",
+    ),
+    "dropouts": (
+        put("min_sites", "3"),
+        "Who must take part",
+        "a cohort of 3 survives no dropouts; one of 4 to 6 survives 1 dropout; one of 7 to 9 survives 2 dropouts; one of 16 "
+        "survives 5 dropouts.",
+    ),
+    "dropouts where many are needed": (
+        both(put("min_sites", "7"), put("max_sites", "9")),
+        "Who must take part",
+        "and at least 7 sites, see the round through: a cohort of 7 survives no dropouts; one of 8 survives 1 dropout; one "
+        "of 9 survives 2 dropouts.",
+    ),
+    "dropouts of one size": (
+        put("max_sites", "3"),
+        "Who must take part",
+        "through: a cohort of 3 survives no dropouts.",
+    ),
+    "another attempt": (
+        put("min_sites", "5"),
+        "Who must take part",
+        "those left may try again among themselves while they are at least 5. Otherwise the round is void",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXPLAINED)
+def test_explain_says_what_the_plan_means_for_the_sum(case: str) -> None:
+    edit, heading, fragment = EXPLAINED[case]
+
+    sections = dict(explain(read_plan(edit(STARTER).encode())))
+
+    assert fragment in " ".join(sections[heading])
+
+
+@pytest.mark.parametrize("name", ["banking77", "insurance", "messages"])
+def test_the_example_plans_are_valid_and_keep_the_defaults_of_the_sum(name: str) -> None:
+    plan = load_plan(Path(__file__).parents[2] / "simulations" / f"{name}.toml")
+
+    federation = plan.federation
+    assert (federation.ring_bits, federation.key_agreement, federation.graph) == (32, "x25519", "complete")
 
 
 def test_template_columns_are_named_in_order_and_once() -> None:

@@ -15,34 +15,42 @@ from confide.common.canonical import canonical_bytes
 from confide.common.errors import ConfideError, DataError, MessageError, Refused
 from confide.common.messages import (
     LARGEST_BODY_BYTES,
+    Advertisement,
+    Confirmation,
     Contribution,
     Envelope,
     Failure,
+    MaskedVector,
     Message,
     Offer,
+    Opening,
+    Peers,
+    Shares,
+    Signatures,
+    Start,
+    Survivors,
     expect,
+    kind_of,
     open_envelope,
     seal,
     vector_digest,
 )
+from confide.common.ring import RingLayout, RingVector
 
 OFFER = Offer(
     run="demo",
     plan="sha256:1",
     round=1,
     attempt=1,
-    sites=3,
+    cohort=("a", "b", "c"),
+    roster="sha256:4",
     layout="sha256:2",
-    adapter=np.array([0.0, -0.0, 1.5], np.float32),
-)
-CONTRIBUTION = Contribution(
-    run="demo",
-    round=1,
-    attempt=1,
     ring="sha256:3",
-    protection="insecure_plain_sum",
-    words=np.array([0, 1, 2**32 - 1], np.uint32),
+    signature=b"\x00\n\xff",
 )
+PEERS = Peers(context="c0", adapter="sha256:5", advertisements=b"keys")
+START = Start(context="c1", inbox=b"boxes\n{}", adapter=np.array([0.0, -0.0, 1.5], np.float32))
+CONTRIBUTION = Contribution(context="c1", vector=MaskedVector(words=np.array([0, 1, 2**32 - 1], np.uint32)))
 FAILURE = Failure(error="Refused", sentence="The site refused.")
 
 TEXTS = strategies.text(
@@ -50,6 +58,7 @@ TEXTS = strategies.text(
 ).filter(str.isprintable)
 WHOLE = strategies.integers(0, 2**53 - 1)
 LENGTHS = strategies.integers(1, 20)
+RAW = strategies.binary(max_size=200)
 MESSAGES = strategies.one_of(
     strategies.builds(
         Offer,
@@ -57,28 +66,40 @@ MESSAGES = strategies.one_of(
         plan=TEXTS,
         round=WHOLE,
         attempt=WHOLE,
-        sites=WHOLE,
+        cohort=strategies.lists(TEXTS, max_size=5).map(tuple),
+        roster=TEXTS,
         layout=TEXTS,
+        ring=TEXTS,
+        signature=RAW,
+    ),
+    strategies.builds(Advertisement, context=TEXTS, keys=RAW),
+    strategies.builds(Peers, context=TEXTS, adapter=TEXTS, advertisements=RAW),
+    strategies.builds(Shares, context=TEXTS, sealed=RAW),
+    strategies.builds(
+        Start,
+        context=TEXTS,
+        inbox=RAW,
         adapter=arrays.arrays(
             np.float32, LENGTHS, elements=strategies.floats(width=32, allow_nan=False, allow_infinity=False)
         ),
     ),
     strategies.builds(
         Contribution,
-        run=TEXTS,
-        round=WHOLE,
-        attempt=WHOLE,
-        ring=TEXTS,
-        protection=TEXTS,
-        words=arrays.arrays(np.uint32, LENGTHS),
+        context=TEXTS,
+        vector=strategies.builds(MaskedVector, words=arrays.arrays(np.uint32, LENGTHS)),
     ),
+    strategies.builds(Survivors, context=TEXTS, sites=RAW),
+    strategies.builds(Confirmation, context=TEXTS, signature=RAW),
+    strategies.builds(Signatures, context=TEXTS, signatures=RAW),
+    strategies.builds(Opening, context=TEXTS, shares=RAW),
     strategies.builds(Failure, error=TEXTS, sentence=TEXTS),
 )
 
 
 def same(one: Message, other: Message) -> bool:
     def bits(value: object) -> object:
-        return (value.dtype, value.tobytes()) if isinstance(value, np.ndarray) else value
+        plain = value.words if isinstance(value, MaskedVector) else value
+        return (plain.dtype, plain.tobytes()) if isinstance(plain, np.ndarray) else plain
 
     names = [field.name for field in dataclasses.fields(one)]
     return type(one) is type(other) and all(bits(getattr(one, name)) == bits(getattr(other, name)) for name in names)
@@ -105,14 +126,29 @@ def test_a_body_is_the_documented_json() -> None:
     assert seal(FAILURE).body == (
         b'{"error":"Refused","format":"confide-message/1","kind":"failure","sentence":"The site refused."}'
     )
-    assert seal(CONTRIBUTION).body == (
-        b'{"attempt":1,"format":"confide-message/1","kind":"contribution","protection":"insecure_plain_sum",'
-        b'"ring":"sha256:3","round":1,"run":"demo"}'
+    assert seal(CONTRIBUTION).body == b'{"context":"c1","format":"confide-message/1","kind":"contribution"}'
+
+
+def test_raw_bytes_stand_behind_the_json_and_a_line_break() -> None:
+    assert seal(START).body == b'{"context":"c1","format":"confide-message/1","kind":"start"}\nboxes\n{}'
+    assert seal(OFFER).body == (
+        b'{"attempt":1,"cohort":["a","b","c"],"format":"confide-message/1","kind":"offer","layout":"sha256:2",'
+        b'"plan":"sha256:1","ring":"sha256:3","roster":"sha256:4","round":1,"run":"demo"}\n\x00\n\xff'
     )
 
 
+def test_the_vector_of_a_message_stands_beside_its_body() -> None:
+    floats, words = seal(START).vector, seal(CONTRIBUTION).vector
+
+    assert floats is not None
+    assert words is not None
+    assert floats.tolist() == [0, 1 << 31, 0x3FC00000]  # IEEE 754
+    assert words.tolist() == [0, 1, 2**32 - 1]
+    assert [seal(message).vector for message in (OFFER, PEERS, FAILURE)] == [None] * 3
+
+
 def test_the_size_counts_body_and_vector() -> None:
-    envelope = seal(OFFER)
+    envelope = seal(START)
 
     assert envelope.size_bytes == len(envelope.body) + 3 * 4
     assert seal(FAILURE).size_bytes == len(seal(FAILURE).body)
@@ -123,13 +159,19 @@ def test_the_digest_of_a_vector_is_over_its_little_endian_bytes() -> None:
 
     assert vector_digest(vector) == "sha256:" + hashlib.sha256(b"\0\0\x80\x3f\0\0\0\xc0").hexdigest()
     assert vector_digest(vector.astype(">f4")) == vector_digest(vector)
-    assert OFFER.adapter_digest == vector_digest(OFFER.adapter)
+    assert START.adapter_digest == vector_digest(START.adapter)
+
+
+def test_the_terms_of_an_offer_are_all_of_it_but_the_signature() -> None:
+    assert {**OFFER.terms, "signature": OFFER.signature} == dataclasses.asdict(OFFER)
+    assert "signature" not in OFFER.terms
 
 
 def changed(message: Message, **fields: object) -> bytes:
-    """Return the canonical body of `message` with fields changed, or left out where they are None."""
-    whole = {**json.loads(seal(message).body), **fields}
-    return canonical_bytes({name: value for name, value in whole.items() if value is not None})
+    """Return the canonical body of `message` with fields changed, or left out where they are None; its raw bytes stay."""
+    text, line_break, raw = seal(message).body.partition(b"\n")
+    whole = {**json.loads(text), **fields}
+    return canonical_bytes({name: value for name, value in whole.items() if value is not None}) + line_break + raw
 
 
 MALFORMED_BODIES = {
@@ -145,6 +187,8 @@ MALFORMED_BODIES = {
     "no fields": b"{}",
     "white space": seal(FAILURE).body.replace(b",", b", "),
     "a line break after": seal(FAILURE).body + b"\n",
+    "raw bytes where none are due": seal(FAILURE).body + b"\nraw",
+    "raw bytes alone": b"\nraw",
     "a byte order mark": b"\xef\xbb\xbf" + seal(FAILURE).body,
     "UTF-16": seal(FAILURE).body.decode().encode("utf-16"),
     "another order": b'{"format":"confide-message/1","error":"","kind":"failure","sentence":""}',
@@ -152,9 +196,9 @@ MALFORMED_BODIES = {
     "another key twice": seal(FAILURE).body.replace(b'{"error":"Refused"', b'{"error":"Other","error":"Refused"'),
     "another spelling of a letter": seal(FAILURE).body.replace(b"Refused", b"Re\\u0066used"),
     "unescaped letters": changed(FAILURE, error="é").replace(b"\\u00e9", "é".encode()),
-    "not a number": seal(CONTRIBUTION).body.replace(b'"round":1', b'"round":NaN'),
-    "infinity": seal(CONTRIBUTION).body.replace(b'"round":1', b'"round":Infinity'),
-    "a number of 5000 digits": seal(CONTRIBUTION).body.replace(b'"round":1', b'"round":' + b"1" * 5000),
+    "not a number": seal(OFFER).body.replace(b'"round":1', b'"round":NaN'),
+    "infinity": seal(OFFER).body.replace(b'"round":1', b'"round":Infinity'),
+    "a number of 5000 digits": seal(OFFER).body.replace(b'"round":1', b'"round":' + b"1" * 5000),
     "nested deeply": b"[" * 100_000,
     "nested deeply in a field": changed(FAILURE, error="?").replace(b'"?"', b"[" * 50_000 + b"]" * 50_000),
     "nested deeply as the kind": changed(FAILURE, kind="?").replace(b'"?"', b"[" * 50_000 + b"]" * 50_000),
@@ -194,15 +238,47 @@ def test_a_malformed_body_is_refused(case: str, vector: np.ndarray[tuple[int], n
         changed(OFFER, round="1"),
         changed(OFFER, round=-1),
         changed(OFFER, round=2**53),
-        changed(OFFER, sites=None),
+        changed(OFFER, roster=None),
         changed(OFFER, run=7),
         changed(OFFER, more=1),
-        changed(OFFER, adapter="zeros"),
-        changed(OFFER, adapter=[0.0, 0.0, 0.0]),
+        changed(OFFER, cohort=None),
+        changed(OFFER, cohort="abc"),
+        changed(OFFER, cohort={"a": 1}),
+        changed(OFFER, cohort=["a", 1]),
+        changed(OFFER, cohort=["a", ["b"]]),
+        changed(OFFER, cohort=["a", "\n"]),
+        changed(OFFER, cohort=["a" * 201]),
+        changed(OFFER, cohort=["a"] * 1001),
+        changed(OFFER, signature="00"),
+        changed(OFFER, signature=""),
+        changed(OFFER).partition(b"\n")[0],  # without its raw bytes
     ],
 )
 def test_an_offer_with_a_mistyped_field_is_refused(body: bytes) -> None:
-    open_envelope(Envelope(body=changed(OFFER), vector=np.zeros(3, np.uint32)))
+    open_envelope(Envelope(body=changed(OFFER)))
+    open_envelope(Envelope(body=changed(OFFER, cohort=["a" * 200] * 1000)))
+
+    with pytest.raises(MessageError):
+        open_envelope(Envelope(body=body))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        changed(START, adapter="zeros"),
+        changed(START, adapter=[0.0, 0.0, 0.0]),
+        changed(START, inbox="boxes"),
+        changed(START, context=None),
+        changed(START, context=1),
+        changed(START).partition(b"\n")[0],
+        changed(CONTRIBUTION, vector=[0, 0, 0]),
+        changed(CONTRIBUTION, vector=""),
+        changed(CONTRIBUTION) + b"\n",
+    ],
+)
+def test_a_message_whose_vector_or_raw_bytes_are_elsewhere_than_due_is_refused(body: bytes) -> None:
+    for message in (START, CONTRIBUTION):
+        open_envelope(Envelope(body=changed(message), vector=np.zeros(3, np.uint32)))
 
     with pytest.raises(MessageError):
         open_envelope(Envelope(body=body, vector=np.zeros(3, np.uint32)))
@@ -241,7 +317,7 @@ def test_a_message_with_one_byte_changed_opens_differently_or_not_at_all(
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_an_adapter_that_is_not_finite_is_refused(value: float) -> None:
-    envelope = seal(dataclasses.replace(OFFER, adapter=np.array([0, value], np.float32)))
+    envelope = seal(dataclasses.replace(START, adapter=np.array([0, value], np.float32)))
 
     with pytest.raises(MessageError, match="not finite"):
         open_envelope(envelope)
@@ -260,7 +336,7 @@ def test_an_adapter_that_is_not_finite_is_refused(value: float) -> None:
     ],
     ids=["none", "empty", "matrix", "signed", "floats", "wide", "objects"],
 )
-@pytest.mark.parametrize("message", [OFFER, CONTRIBUTION], ids=["offer", "contribution"])
+@pytest.mark.parametrize("message", [START, CONTRIBUTION], ids=["start", "contribution"])
 def test_a_message_without_its_vector_of_uint32_is_refused(
     message: Message, vector: np.ndarray[tuple[int, ...], np.dtype[np.uint32]] | None
 ) -> None:
@@ -268,9 +344,10 @@ def test_a_message_without_its_vector_of_uint32_is_refused(
         open_envelope(Envelope(body=seal(message).body, vector=vector))
 
 
-def test_a_vector_that_comes_with_a_failure_is_refused() -> None:
-    with pytest.raises(MessageError, match="A vector came with a failure"):
-        open_envelope(Envelope(body=seal(FAILURE).body, vector=np.zeros(3, np.uint32)))
+@pytest.mark.parametrize("message", [OFFER, PEERS, FAILURE], ids=lambda message: message.kind)
+def test_a_vector_that_comes_with_a_message_without_one_is_refused(message: Message) -> None:
+    with pytest.raises(MessageError, match=f"A vector came with a {message.kind}"):
+        open_envelope(Envelope(body=seal(message).body, vector=np.zeros(3, np.uint32)))
 
 
 def test_a_message_of_another_kind_than_due_is_refused() -> None:
@@ -314,9 +391,36 @@ def test_every_error_of_the_tree_can_leave_a_site_as_a_failure() -> None:
         assert same(open_envelope(seal(failure)), failure)
 
 
+@given(MESSAGES)
+def test_the_kind_is_told_without_opening(message: Message) -> None:
+    assert kind_of(seal(message)) == message.kind
+
+
+@pytest.mark.parametrize("body", [b"", b"?", b"1", b"[]", b"{}", b"\xff", b"[" * 100_000, b"\n" + seal(FAILURE).body])
+def test_what_is_no_message_has_no_kind(body: bytes) -> None:
+    assert kind_of(Envelope(body=body)) == ""
+
+
 def test_a_delta_has_no_encoder_so_it_cannot_be_sealed() -> None:
     delta = Delta(values=np.zeros(3, np.float32))
 
     assert not hasattr(delta, "kind")
     with pytest.raises(AttributeError, match="kind"):
         seal(delta)  # type: ignore[arg-type]  # that mypy objects is half of the fact
+
+
+def test_a_ring_vector_that_is_not_masked_cannot_be_sealed() -> None:
+    layout = RingLayout(length=3, update_bound=1.0, max_sites=3)
+    bare = RingVector(words=np.zeros(layout.size, np.uint32), layout=layout)
+
+    with pytest.raises(AttributeError, match="kind"):
+        seal(bare)  # type: ignore[arg-type]  # that mypy objects is half of the fact
+    with pytest.raises(TypeError):
+        seal(Contribution(context="c1", vector=bare))  # type: ignore[arg-type]
+
+
+def test_a_masked_vector_shows_only_its_length() -> None:
+    shown = repr(MaskedVector(words=np.array([4711, 4712], np.uint32)))
+
+    assert shown == "<MaskedVector of 2 words>"
+    assert "4711" not in repr(Contribution(context="c1", vector=MaskedVector(words=np.array([4711], np.uint32))))

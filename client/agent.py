@@ -1,7 +1,7 @@
 """The site's worker: it holds the data, the model and the record of spends, and decides what leaves.
 
 Whoever carries messages, Flower's client or a simulation's channel, hands it an envelope and takes one back. Nothing
-else comes out. It answers one message at a time.
+else comes out. It answers one message at a time, and takes part in one attempt at one round at a time.
 """
 
 import logging
@@ -9,24 +9,76 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
+from confide.client.kept import Kept
 from confide.client.mechanism import Mechanism, Randomness, Trainer
 from confide.client.spends import SpendLog
+from confide.common.crypto import Keystream
 from confide.common.errors import ConfideError, DataError, PrivacyError, Refused
-from confide.common.messages import Contribution, Envelope, Failure, Message, Offer, open_envelope, seal
+from confide.common.messages import (
+    Advertisement,
+    Confirmation,
+    Contribution,
+    Envelope,
+    Failure,
+    Message,
+    Offer,
+    Opening,
+    Peers,
+    Shares,
+    Signatures,
+    Start,
+    Survivors,
+    open_envelope,
+    seal,
+)
 from confide.common.plan import Plan
 from confide.common.ring import RingLayout, RingVector, encode
 
 _log = logging.getLogger(__name__)
 
 
-class Protection(Protocol):
-    """What hides a site's vector on its way into the sum."""
+class Attending(Protocol):
+    """A site's part in one attempt, one method for each exchange; `common.secagg.SiteSide` is the real one."""
 
-    name: str
-    retries: bool  # whether another attempt at the same round may follow, for which the vector must be kept
+    def advertise(self) -> Advertisement:
+        """Answer the offer."""
+        ...
 
-    def protect(self, vector: RingVector, offer: Offer) -> Contribution:
+    def share(self, message: Peers) -> Shares:
+        """Share what is needed if this site drops out."""
+        ...
+
+    def admit(self, message: Start) -> None:
+        """Return if training may begin."""
+        ...
+
+    def mask(self, vector: RingVector) -> Contribution:
         """Return the only thing about `vector` that leaves the site."""
+        ...
+
+    def confirm(self, message: Survivors) -> Confirmation:
+        """Agree to whose vectors are in the sum."""
+        ...
+
+    def open(self, message: Signatures) -> Opening:
+        """Help to open the sum."""
+        ...
+
+
+class Protection(Protocol):
+    """What hides a site's vectors on their way into sums."""
+
+    @property
+    def retries(self) -> bool:
+        """Whether another attempt at the same round may follow, for which its vector must be kept."""
+        ...
+
+    def attend(self, offer: Offer) -> Attending:
+        """Return the site's part in the attempt that `offer` begins.
+
+        Raises:
+            Refused: The site takes no part in it.
+        """
         ...
 
 
@@ -41,8 +93,9 @@ class Agent:
         declared_persons: N, the rounded public number of persons that sets the divisor q·N.
         ring: How updates are written as integers.
         randomness: Gives each round's source of draws.
-        protection: What hides the site's vector.
-        spends: The record of what training cost.
+        protection: What hides the site's vectors.
+        spends: The record of what training cost, and of the rounds whose sum was opened.
+        kept: Where a round's vector is kept until the round is over; in memory only if absent.
 
     Raises:
         DataError: The site has fewer persons than the plan asks for.
@@ -61,6 +114,7 @@ class Agent:
         randomness: Callable[[int], Randomness],
         protection: Protection,
         spends: SpendLog,
+        kept: Kept | None = None,
     ) -> None:
         if min(trainer.person_count, declared_persons) < plan.privacy.min_persons:
             raise DataError(
@@ -83,7 +137,9 @@ class Agent:
         self._ring = ring
         self._randomness = randomness
         self._protection = protection
-        self._kept: dict[int, RingVector] = {}
+        self._kept = kept or Kept()
+        self._attempt = (0, 0)  # round and attempt
+        self._attending: Attending | None = None
         self._lock = threading.Lock()
 
     def answer(self, envelope: Envelope) -> Envelope:
@@ -102,22 +158,62 @@ class Agent:
                 return seal(Failure.of(error))
 
     def _dispatch(self, message: Message) -> Message:
-        if isinstance(message, Offer):
-            return self._contribute(message)
-        raise Refused(f"Site {self.site} takes offers only; it was sent a {message.kind}.")
+        match message:
+            case Offer():
+                return self._attend(message)
+            case Peers():
+                return self._present().share(message)
+            case Start():
+                return self._contribute(message)
+            case Survivors():
+                return self._present().confirm(message)
+            case Signatures():
+                return self._open(message)
+            case _:
+                raise Refused(f"Site {self.site} is sent no {message.kind}; it sends them.")
 
-    def _contribute(self, offer: Offer) -> Contribution:
-        """Train once per (run, round); a further attempt of that round protects the same vector again."""
+    def _attend(self, offer: Offer) -> Advertisement:
+        """Begin an attempt; whatever attempt came before is over."""
         self._check(offer)
-        vector = self._kept.get(offer.round) or self._train(offer)
-        self._kept = {offer.round: vector} if self._protection.retries else {}  # earlier rounds' are forgotten
-        return self._protection.protect(vector, offer)
+        self.spends.admit(offer.round, kept=self._kept.holds(offer.round))
+        self._attending = self._protection.attend(offer)
+        self._attempt = (offer.round, offer.attempt)
+        self._kept.forget_all_but(offer.round)
+        return self._attending.advertise()
 
-    def _train(self, offer: Offer) -> RingVector:
-        randomness = self._randomness(offer.round)
-        self.spends.reserve(self._mechanism.spend(offer.round, randomness.name), offer.adapter_digest)
-        delta = self._trainer.train(offer.adapter, self._mechanism, randomness)
-        return encode(delta.values, self._ring, randomness.uniforms)
+    def _contribute(self, start: Start) -> Contribution:
+        """Train once per round; a further attempt at that round masks the same vector again."""
+        attending, (number, _) = self._present(), self._attempt
+        attending.admit(start)
+        vector = self._kept.get(number, self._ring)
+        if vector is None:
+            vector = self._train(number, start)
+        elif self.spends.start(number) != start.adapter_digest:
+            raise Refused(f"Round {number} was trained from another adapter; it is trained once, from one adapter.")
+        return attending.mask(vector)
+
+    def _train(self, number: int, start: Start) -> RingVector:
+        randomness = self._randomness(number)
+        self.spends.reserve(self._mechanism.spend(number, randomness.name), start.adapter_digest)
+        delta = self._trainer.train(start.adapter, self._mechanism, randomness)
+        vector = encode(delta.values, self._ring, Keystream(randomness.rounding_key()))
+        if self._protection.retries:
+            self.spends.bind(number, self._kept.put(number, vector))
+        return vector
+
+    def _open(self, message: Signatures) -> Opening:
+        """Help to open the sum. That this was done is on disk before the help leaves, and there is no second time."""
+        opening = self._present().open(message)
+        number = self._attempt[0]
+        self.spends.open(number)
+        self._attempt, self._attending = (number + 1, 0), None
+        self._kept.forget_all_but(number + 1)
+        return opening
+
+    def _present(self) -> Attending:
+        if self._attending is None:
+            raise Refused(f"Site {self.site} takes part in no attempt now; an offer must come first.")
+        return self._attending
 
     def _check(self, offer: Offer) -> None:
         plan = self._plan
@@ -125,9 +221,11 @@ class Agent:
             "the run is another one": offer.run != self._run,
             "the plan is another one": offer.plan != self._plan_digest,
             "the adapter's layout is another one": offer.layout != self._trainer.layout_digest,
+            "the ring is another one": offer.ring != self._ring.digest,
             "the round is outside the plan": not 1 <= offer.round <= plan.privacy.rounds,
-            "the cohort is smaller than the plan allows": offer.sites < plan.federation.min_sites,
-            "the cohort is larger than the ring has room for": offer.sites > plan.federation.max_sites,
+            "the attempt was made before": (offer.round, offer.attempt) <= self._attempt,
+            "the cohort is smaller than the plan allows": len(offer.cohort) < plan.federation.min_sites,
+            "the cohort is larger than the ring has room for": len(offer.cohort) > plan.federation.max_sites,
         }
         for fault, found in faults.items():
             if found:

@@ -28,6 +28,10 @@ class Randomness(Protocol):
         """Return independent standard normals, (count,)."""
         ...
 
+    def rounding_key(self) -> bytes:
+        """Return the key, 32 bytes, of the keystream that updates are rounded with."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Mechanism:

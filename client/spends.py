@@ -1,8 +1,14 @@
-"""A site's record of what its training cost: append-only, written to disk before the first private gradient."""
+"""A site's record of what its training cost: append-only, written to disk before the first private gradient.
+
+Beside each round's spend it remembers how far the round went: reserved before training, bound once there is a vector,
+opened before the site helps to open the sum. A round that was reserved and never bound is spent all the same.
+"""
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from confide.common.accounting import Spend
 from confide.common.canonical import canonical_bytes
@@ -11,6 +17,14 @@ from confide.common.errors import PrivacyError, Refused
 
 FORMAT = "confide-spend/1"
 SEEDED = "insecure_seeded_noise"  # the one kind of draws that can be repeated
+
+
+@dataclasses.dataclass(slots=True)
+class _Round:
+    spend: Spend
+    start: str
+    bound: str | None = None  # the commitment to its vector
+    opened: bool = False
 
 
 class SpendLog:
@@ -25,20 +39,49 @@ class SpendLog:
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
-        self._reserved: dict[int, tuple[Spend, str]] = {}
+        self._rounds: dict[int, _Round] = {}
         self._broken = False
         if path is not None and path.exists():
             # A line that a crash cut short has no line break; were it taken, the next one would be written into it.
             for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-                spend, start = _read(line, path, number)
-                if spend.round in self._reserved:
-                    raise _damaged(path, number)
-                self._reserved[spend.round] = (spend, start)
+                try:
+                    self._replay(line)
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError, PrivacyError):
+                    raise PrivacyError(
+                        f"Line {number} of the spend record {path} is damaged. Restore the file from a copy; without "
+                        "it what was spent is not known."
+                    ) from None
 
     @property
     def spends(self) -> tuple[Spend, ...]:
         """All spends, in the order of rounds."""
-        return tuple(self._reserved[number][0] for number in sorted(self._reserved))
+        return tuple(self._rounds[number].spend for number in sorted(self._rounds))
+
+    def start(self, number: int) -> str | None:
+        """Return the digest of the adapter that round was trained from, or None if it was not trained."""
+        return self._rounds[number].start if number in self._rounds else None
+
+    def admit(self, number: int, *, kept: bool) -> None:
+        """Return if the site may take part in another attempt at round `number`.
+
+        Only a seeded simulation may go through a round again that it has trained or opened: it gives the same bytes.
+
+        Args:
+            number: The round.
+            kept: Whether the round's vector is at hand, so that no training is needed.
+
+        Raises:
+            Refused: A later round was begun, this one's sum was opened, or it was trained and its vector is gone.
+        """
+        known = self._rounds.get(number)
+        if number < max(self._rounds, default=0):
+            raise Refused(f"Round {number} is offered after round {max(self._rounds)}; rounds do not go back.")
+        if known is None or known.spend.noise == SEEDED:
+            return
+        if known.opened:
+            raise Refused(f"The sum of round {number} was opened with this site's help; that happens once a round.")
+        if known.bound is None or not kept:
+            raise Refused(f"Round {number} was begun and its vector is gone; a round is trained once.")
 
     def reserve(self, spend: Spend, start: str) -> None:
         """Return once `spend` is on disk; only then may the round be trained.
@@ -54,46 +97,75 @@ class SpendLog:
             Refused: The round was reserved before, or a later one was.
             PrivacyError: The record cannot be written; nothing may be trained.
         """
-        known = self._reserved.get(spend.round)
-        if known == (spend, start) and spend.noise == SEEDED:
+        known = self._rounds.get(spend.round)
+        if known is not None and (known.spend, known.start) == (spend, start) and spend.noise == SEEDED:
             return
         if known is not None:
             raise Refused(f"Round {spend.round} was reserved before; a round is trained once, from one adapter.")
-        if spend.round < max(self._reserved, default=0):
-            raise Refused(f"Round {spend.round} is offered after round {max(self._reserved)}; rounds do not go back.")
+        if spend.round < max(self._rounds, default=0):
+            raise Refused(f"Round {spend.round} is offered after round {max(self._rounds)}; rounds do not go back.")
+        self._write("reserve", "Nothing was trained.", start=start, **dataclasses.asdict(spend))
+        self._rounds[spend.round] = _Round(spend, start)
+
+    def bind(self, number: int, commitment: str) -> None:
+        """Return once it is on disk that round `number` has its vector; every attempt at the round masks this one.
+
+        Args:
+            number: A round that was reserved.
+            commitment: A salted digest of the vector.
+
+        Raises:
+            PrivacyError: The record cannot be written; the vector must not be used.
+        """
+        self._write("bind", "The round's vector is not used.", round=number, commitment=commitment)
+        self._rounds[number].bound = commitment
+
+    def open(self, number: int) -> None:
+        """Return once it is on disk that this site helps to open the sum of round `number`.
+
+        Args:
+            number: A round that was reserved.
+
+        Raises:
+            PrivacyError: The record cannot be written; the help must not leave.
+        """
+        self._write("open", "The sum is not opened with this site's help.", round=number)
+        self._rounds[number].opened = True
+
+    def _write(self, event: str, consequence: str, **fields: object) -> None:
+        if self._path is None:
+            return
         if self._broken:
-            raise PrivacyError(f"An earlier write to {self._path} failed. Mend the disk and start the site anew.")
-        if self._path is not None:
-            try:
-                append(self._path, _line(spend, start))
-            except OSError as error:
-                self._broken = True
-                raise PrivacyError(
-                    f"Cannot write the spend record {self._path}: {error.strerror or error}. Nothing was trained."
-                ) from None
-        self._reserved[spend.round] = (spend, start)
+            raise PrivacyError(
+                f"An earlier write to {self._path} failed. Mend the disk and start the site anew. {consequence}"
+            )
+        try:
+            append(self._path, _line({"event": event, **fields}))
+        except OSError as error:
+            self._broken = True
+            raise PrivacyError(
+                f"Cannot write the spend record {self._path}: {error.strerror or error}. {consequence}"
+            ) from None
 
-
-def _line(spend: Spend, start: str) -> bytes:
-    return canonical_bytes({"format": FORMAT, "start": start, **dataclasses.asdict(spend)}) + b"\n"
-
-
-def _read(line: bytes, path: Path, number: int) -> tuple[Spend, str]:
-    try:
-        fields = json.loads(line)
-        if fields.pop("format") != FORMAT:
+    def _replay(self, line: bytes) -> None:
+        """Take in one line of the file."""
+        fields: dict[str, Any] = json.loads(line)
+        if fields.pop("format") != FORMAT or _line(fields) != line:
             raise ValueError
-        start = fields.pop("start")
-        spend = Spend(**fields)
-        if _line(spend, start) != line:
-            raise ValueError
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, PrivacyError):
-        raise _damaged(path, number) from None
-    return spend, start
+        match fields.pop("event"):
+            case "reserve":
+                start = fields.pop("start")
+                spend = Spend(**fields)
+                if spend.round in self._rounds:
+                    raise ValueError
+                self._rounds[spend.round] = _Round(spend, start)
+            case "bind":
+                self._rounds[fields.pop("round")].bound = fields.pop("commitment")
+            case "open":
+                self._rounds[fields.pop("round")].opened = True
+            case _:
+                raise ValueError
 
 
-def _damaged(path: Path, number: int) -> PrivacyError:
-    return PrivacyError(
-        f"Line {number} of the spend record {path} is damaged. Restore the file from a copy; without it what was "
-        "spent is not known."
-    )
+def _line(fields: Mapping[str, object]) -> bytes:
+    return canonical_bytes({"format": FORMAT, **fields}) + b"\n"

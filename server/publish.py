@@ -9,6 +9,7 @@ from pathlib import Path
 from confide.common.accounting import Spend, cost
 from confide.common.adapter import Floats
 from confide.common.errors import PrivacyError
+from confide.common.graph import SEMI_HONEST
 from confide.common.messages import vector_digest
 from confide.common.model import AdaptedModel
 from confide.server.store import RoundRecord
@@ -105,7 +106,7 @@ def publish(
 def weakened(records: Sequence[RoundRecord], claims: Mapping[str, Claim]) -> list[str]:
     """Return the words for what weakens the guarantee; none for a run that nothing weakens."""
     words = {record.summation for record in records} | {claim.noise for claim in claims.values()}
-    return sorted(word for word in words if word.startswith("insecure_"))
+    return sorted(word for word in words if word.startswith("insecure_") or word == SEMI_HONEST)
 
 
 def _card(
@@ -117,12 +118,18 @@ def _card(
 ) -> str:
     plan = model.plan
     words = weakened(records, claims)
-    warning = (
-        f"**This is the product of a simulation.** It was weakened by {', '.join(f'`{word}`' for word in words)}; the "
-        "claims below are about its arithmetic and protect nobody.\n\n"
-        if words
-        else ""
-    )
+    insecure = [f"`{word}`" for word in words if word != SEMI_HONEST]
+    warning = ""
+    if insecure:
+        warning += (
+            f"**This is the product of a simulation.** It was weakened by {', '.join(insecure)}; the claims below are "
+            "about its arithmetic and protect nobody.\n\n"
+        )
+    if SEMI_HONEST in words:
+        warning += (
+            f"Updates were summed over a sparse graph (`{SEMI_HONEST}`), which hides them from a server that keeps to the "
+            "protocol, not from one that does not.\n\n"
+        )
     rows = "\n".join(
         f"| {site} | {claim.epsilon:.3f} | {claim.delta:g} | {claim.noise_multiplier:g} | {claim.steps} |"
         for site, claim in sorted(claims.items())

@@ -6,58 +6,18 @@ loop is the same in a simulation and between institutions.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
 from confide.common.adapter import Layout
 from confide.common.errors import RunError
-from confide.common.messages import Envelope, Offer, vector_digest
+from confide.common.messages import vector_digest
 from confide.common.plan import Plan
-from confide.common.ring import RingLayout, RingSum, Update
+from confide.common.ring import RingLayout, Update
 from confide.server.aggregate import ServerState, step
 from confide.server.store import RoundRecord, Store
+from confide.server.summation import SILENT, Channel, Collected, Summation, Task
 
-
-class Channel(Protocol):
-    """Carries messages to sites and their answers back."""
-
-    def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Iterator[tuple[str, Envelope]]:
-        """Send the messages, then yield each answer with its site as it comes, until all are there or time is up.
-
-        Nothing is kept of an answer that was yielded, so a sum taken on the way needs no more memory for more sites.
-        """
-        ...
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Collected:
-    """What one attempt at a sum gave.
-
-    Attributes:
-        total: The sum, or None if too few sites took part for it to be opened.
-        present: The sites in the sum, sorted.
-        missing: Why each other site is not in it, as a class of error or `no answer`.
-        bytes_up: Bytes each present site sent.
-        bytes_down: Bytes each site was sent.
-    """
-
-    total: RingSum | None
-    present: tuple[str, ...]
-    missing: Mapping[str, str]
-    bytes_up: int
-    bytes_down: int
-
-
-class Summation(Protocol):
-    """Turns the sites' vectors into their sum."""
-
-    name: str
-
-    def collect(
-        self, channel: Channel, offer: Offer, sites: Sequence[str], ring: RingLayout, least: int, timeout_s: float
-    ) -> Collected:
-        """Return the sum over those sites that took part, if they are at least `least`."""
-        ...
+MOST_ATTEMPTS = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +30,8 @@ class Run:
     ring: RingLayout
     sites: tuple[str, ...]
     summation: Summation
-    timeout_s: float = 3600.0
+    training_s: float = 3600.0
+    answer_s: float = 120.0
 
     def __post_init__(self) -> None:
         federation = self.plan.federation
@@ -115,29 +76,59 @@ def status_of(records: Sequence[RoundRecord]) -> str:
 def run_round(run: Run, channel: Channel, state: ServerState, number: int) -> tuple[ServerState, RoundRecord]:
     """Run one round; a round without a sum leaves the state as it was and is recorded as void."""
     began = time.monotonic()
-    offer = Offer(
-        run=run.name,
-        plan=run.plan.digest,
-        round=number,
-        attempt=1,
-        sites=len(run.sites),
-        layout=run.layout.digest,
-        adapter=state.adapter,
-    )
-    collected = run.summation.collect(channel, offer, run.sites, run.ring, run.plan.federation.min_sites, run.timeout_s)
-    parent = offer.adapter_digest
-    if collected.total is not None:
-        state = step(state, Update.decode(collected.total), run.plan.federation)
+    parent = vector_digest(state.adapter)
+    tried = list(_attempts(run, channel, state, number))
+    last = tried[-1]
+    update = None if last.total is None else Update.decode(last.total)
+    if update is not None:
+        state = step(state, update, run.plan.federation)
+    before = {site: why for attempt in tried[:-1] for site, why in attempt.missing.items() if site not in last.present}
     record = RoundRecord(
         round=number,
+        attempts=len(tried),
         parent=parent,
         adapter=vector_digest(state.adapter),
         moments={name: vector_digest(moment) for name, moment in state.moments.items()},
-        present=collected.present if collected.total is not None else (),
-        missing=dict(collected.missing),
-        summation=run.summation.name,
-        bytes_up=collected.bytes_up,
-        bytes_down=collected.bytes_down,
+        present=last.present,
+        missing=before | dict(last.missing),
+        void=last.void,
+        summation=last.summation,
+        bounded=update.bounded if update else 0.0,
+        saturated=update.saturated if update else 0.0,
+        bytes_up=sum(attempt.bytes_up for attempt in tried),
+        bytes_down=sum(attempt.bytes_down for attempt in tried),
         seconds=time.monotonic() - began,
     )
     return state, record
+
+
+def _attempts(run: Run, channel: Channel, state: ServerState, number: int) -> Iterator[Collected]:
+    """Try to sum the round until it succeeds or must not be tried again.
+
+    Sites mask the same vectors in every attempt. The second asks those who did not answer once more, for a site may have
+    been started anew; the third goes on without them.
+    """
+    cohort = run.sites
+    for attempt in range(1, MOST_ATTEMPTS + 1):
+        task = Task(
+            run=run.name,
+            plan=run.plan,
+            round=number,
+            attempt=attempt,
+            cohort=cohort,
+            layout=run.layout.digest,
+            ring=run.ring,
+            adapter=state.adapter,
+            training_s=run.training_s,
+            answer_s=run.answer_s,
+        )
+        collected = run.summation.collect(channel, task)
+        yield collected
+        again = tuple(
+            site
+            for site in cohort
+            if site not in collected.missing or (attempt == 1 and collected.missing[site].endswith(SILENT))
+        )
+        if collected.total is not None or not collected.repeatable or len(again) < run.plan.federation.min_sites:
+            return
+        cohort = again

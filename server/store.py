@@ -29,24 +29,33 @@ class RoundRecord:
 
     Attributes:
         round: From 1.
+        attempts: How often the sum was tried.
         parent: Digest of the adapter before.
         adapter: Digest of the adapter after; the parent's if the round was void.
         moments: Digests of the server optimizer's memory after, by name.
         present: Sites in the sum, sorted; none if the round was void.
-        missing: Why each other site was not, as a class of error or `no answer`.
-        summation: How the sum came about, such as `insecure_plain_sum`.
+        missing: In which exchange and why each other site was lost, as `exchange: reason`, the reason a class of error or
+            `no answer`. A site lost after `contribute` is in the sum and is named here as well.
+        void: Why there is no sum; empty if there is one.
+        summation: How the sum came about, such as `secure_aggregation` or `insecure_plain_sum`.
+        bounded: The share of sites whose update was longer than the ring encodes and was scaled down.
+        saturated: The share of entries that were cut, over all sites; 16-bit rings only.
         bytes_up: Bytes each present site sent.
         bytes_down: Bytes each site was sent.
         seconds: How long the round took.
     """
 
     round: int
+    attempts: int
     parent: str
     adapter: str
     moments: Mapping[str, str]
     present: tuple[str, ...]
     missing: Mapping[str, str]
+    void: str
     summation: str
+    bounded: float
+    saturated: float
     bytes_up: int
     bytes_down: int
     seconds: float
@@ -161,12 +170,16 @@ def _read_record(path: Path, number: int) -> RoundRecord:
 
 _KINDS = {
     "round": int,
+    "attempts": int,
     "parent": str,
     "adapter": str,
     "moments": dict,
     "present": list,
     "missing": dict,
+    "void": str,
     "summation": str,
+    "bounded": float,
+    "saturated": float,
     "bytes_up": int,
     "bytes_down": int,
     "seconds": float,

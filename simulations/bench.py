@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from confide.client.agent import Agent
+from confide.client.agent import Agent, Protection
 from confide.client.mechanism import Delta, Mechanism, Randomness
 from confide.client.spends import SpendLog
 from confide.common.adapter import Floats, Layout
@@ -28,8 +28,9 @@ from confide.common.ring import RingLayout
 from confide.server.aggregate import ServerState
 from confide.server.rounds import Run
 from confide.server.store import Store
+from confide.simulations.enrolment import Sums
 from confide.simulations.federation import run_in_process
-from confide.simulations.insecure import InsecurePlainSum, InsecureSeededNoise
+from confide.simulations.insecure import InsecureSeededNoise
 from confide.simulations.scenarios import demo_model, scenario
 
 FORMAT = "confide-bench/1"
@@ -136,8 +137,9 @@ def constant_rounds(sites: int, parameters: int, rounds: int, folder: Path) -> l
     plan = _bench_plan(rounds + 1)
     ring = RingLayout(length=parameters, update_bound=1.0, max_sites=plan.federation.max_sites)
     names = tuple(f"site-{number:03}" for number in range(sites))
-    run = Run(name="bench", plan=plan, layout=layout, ring=ring, sites=names, summation=InsecurePlainSum())
-    agents = {name: _constant_agent(name, plan, layout, ring, folder) for name in names}
+    sums = Sums.of("real", plan, ring, names)
+    run = Run(name="bench", plan=plan, layout=layout, ring=ring, sites=names, summation=sums.summation)
+    agents = {name: _constant_agent(name, plan, layout, ring, folder, sums.protections[name]) for name in names}
     store = Store(folder)
     start = ServerState.begin(np.zeros(parameters, np.float32), plan.federation)
     ends: list[float] = []
@@ -147,7 +149,9 @@ def constant_rounds(sites: int, parameters: int, rounds: int, folder: Path) -> l
     return [after - before for before, after in itertools.pairwise(ends)]
 
 
-def _constant_agent(site: str, plan: Plan, layout: Layout, ring: RingLayout, folder: Path) -> Agent:
+def _constant_agent(
+    site: str, plan: Plan, layout: Layout, ring: RingLayout, folder: Path, protection: Protection
+) -> Agent:
     return Agent(
         site=site,
         run="bench",
@@ -156,7 +160,7 @@ def _constant_agent(site: str, plan: Plan, layout: Layout, ring: RingLayout, fol
         declared_persons=ConstantTrainer.person_count,
         ring=ring,
         randomness=lambda number: InsecureSeededNoise(0, site, number),
-        protection=InsecurePlainSum(),
+        protection=protection,
         spends=SpendLog(folder / "sites" / f"{site}.jsonl"),
     )
 

@@ -23,6 +23,10 @@ Seed = Annotated[int, typer.Option(min=0, help="Fixes the split and every draw."
 Threads = Annotated[int, typer.Option(min=0, max=1024, help="Processor threads; 0 leaves it to the plan.")]
 Out = Annotated[Path | None, typer.Option(help="The run's directory; runs/NAME-TIME if absent.", metavar="DIR")]
 Engine = Annotated[str, typer.Option(help="How messages travel: in-process or flower.")]
+Summation = Annotated[
+    str,
+    typer.Option(help="How updates are summed: real, with all the cryptography, or insecure_plain_sum, without any."),
+]
 Compare = Annotated[
     bool, typer.Option("--compare", help="Also train the head alone, all rows pooled, and those without privacy.")
 ]
@@ -46,6 +50,7 @@ def run(
     concentration: Annotated[float, typer.Option(help="The Dirichlet parameter; smaller is more uneven.")] = 0.5,
     seed: Seed = 0,
     engine: Engine = "in-process",
+    summation: Summation = "real",
     threads: Threads = 0,
     alone: Annotated[bool, typer.Option(help="Also train each site alone, with the same privacy.")] = True,
     compare: Compare = False,
@@ -73,10 +78,9 @@ def run(
         raise UsageError(f"{', '.join(map(_flag, idle))} has no effect with {other}. Leave it out.")
     if plan is None or data is None:
         raise UsageError("Give a PLAN and --data FILE. To see a run without either: confide simulate demo")
-    from confide.simulations.setting import ENGINES, SPLITS, Setting, begin
+    from confide.simulations.setting import Setting, begin, check_choices
 
-    if split not in SPLITS or engine not in ENGINES:
-        raise UsageError(f"--split is one of {', '.join(SPLITS)}; --engine one of {', '.join(ENGINES)}.")
+    check_choices(split=split, engine=engine, summation=summation)
     if not 0 < test_share < 1:
         raise UsageError(f"--test-share {test_share:g} is outside its range: above 0, below 1.")
     if not 0 < concentration <= 1e6:
@@ -96,6 +100,7 @@ def run(
         concentration=concentration,
         seed=seed,
         engine=engine,
+        summation=summation,
         threads=threads,
         alone=alone,
         compare=compare,
@@ -109,6 +114,7 @@ def demo(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(SCENARIOS)}.", metavar="NAME")] = "messages",
     seed: Seed = 0,
     engine: Engine = "in-process",
+    summation: Summation = "real",
     threads: Threads = 0,
     compare: Compare = False,
     out: Out = None,
@@ -116,7 +122,7 @@ def demo(
 ) -> None:
     """Watch three institutions fine-tune a real model on real text, each under its own epsilon."""
     directory = out or _directory(name)
-    _begin_demo(name, directory, seed=seed, engine=engine, threads=threads, compare=compare)
+    _begin_demo(name, directory, seed=seed, engine=engine, summation=summation, threads=threads, compare=compare)
     if not as_json:
         Console(highlight=False, markup=False).print(
             f"{scenario(name).says} Real data, real model, simulated sites.\n", highlight=False
@@ -128,6 +134,7 @@ def demo(
 def repeat(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(SCENARIOS)}.", metavar="NAME")] = "messages",
     seeds: Annotated[str, typer.Option(help="The seeds, with commas between them.")] = "0,1,2",
+    summation: Summation = "real",
     compare: Compare = False,
     threads: Threads = 0,
     out: Out = None,
@@ -148,7 +155,15 @@ def repeat(
         directory = root / f"seed-{seed}"
         if not (directory / "run.json").exists():
             if not (directory / "setting.json").exists():
-                _begin_demo(name, directory, seed=seed, engine="in-process", threads=threads, compare=compare)
+                _begin_demo(
+                    name,
+                    directory,
+                    seed=seed,
+                    engine="in-process",
+                    summation=summation,
+                    threads=threads,
+                    compare=compare,
+                )
             if not as_json:
                 Console().print(f"seed {seed}", style="bold")
             _run(directory, as_json=as_json, show=False)
@@ -197,10 +212,13 @@ def _flag(name: str) -> str:
     return {"plan": "PLAN", "as_json": "--json"}.get(name, f"--{name.replace('_', '-')}")
 
 
-def _begin_demo(name: str, directory: Path, *, seed: int, engine: str, threads: int, compare: bool) -> None:
+def _begin_demo(
+    name: str, directory: Path, *, seed: int, engine: str, summation: str, threads: int, compare: bool
+) -> None:
     """Make the run's directory and the scenario's tables in it."""
-    from confide.simulations.setting import Setting, begin, check_fresh
+    from confide.simulations.setting import Setting, begin, check_choices, check_fresh
 
+    check_choices(engine=engine, summation=summation)
     chosen, model = scenario(name), demo_model()
     check_fresh(directory)
     data, test = chosen.prepare(directory / "data")
@@ -215,6 +233,7 @@ def _begin_demo(name: str, directory: Path, *, seed: int, engine: str, threads: 
         concentration=0.5,
         seed=seed,
         engine=engine,
+        summation=summation,
         threads=threads,
         alone=True,
         compare=compare,
@@ -320,6 +339,8 @@ def _show(result: dict[str, Any], directory: Path) -> None:
         f"Each site sent {result['bytes_up_per_site_round'] / 1000:.1f} kB and received "
         f"{result['bytes_down_per_site_round'] / 1000:.1f} kB a round."
     )
+    if {record["summation"] for record in result["round_records"]} == {"secure_aggregation"}:
+        console.print("Updates were masked: the server could open the sum of each round, and nothing else.")
     if result["weakened_by"]:
         console.print(f"This is a simulation, weakened by: {', '.join(result['weakened_by'])}.", style="yellow")
     if result["skipped"]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from confide.client.agent import Agent
+from confide.client.agent import Agent, Protection
 from confide.client.spends import SpendLog
 from confide.client.trainer import PrivateTrainer
 from confide.common.examples import Examples
@@ -16,7 +16,8 @@ from confide.common.ring import RingLayout, ring_layout
 from confide.server.aggregate import ServerState
 from confide.server.rounds import Run, run_rounds
 from confide.server.store import RoundRecord, Store
-from confide.simulations.insecure import InsecurePlainSum, InsecureSeededNoise
+from confide.simulations.enrolment import Sums
+from confide.simulations.insecure import InsecureSeededNoise
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,6 +30,7 @@ class Federation:
         sites: Each site's rows, by name.
         cache: The frozen prefix of all rows, if it was computed.
         seed: Fixes every draw of every site.
+        summation: How vectors are summed, one of `SUMMATIONS`.
         purpose: Tells this federation's draws from those of others with the same seed.
     """
 
@@ -37,6 +39,7 @@ class Federation:
     sites: Mapping[str, Examples]
     cache: PrefixCache | None
     seed: int
+    summation: str
     purpose: str = "federated"
 
     @property
@@ -44,23 +47,21 @@ class Federation:
         """The plan of the run."""
         return self.model.plan
 
-    def run(self) -> Run:
-        """Return what the server runs."""
-        return Run(
+    def begin(self, directory: Path) -> tuple[Run, dict[str, Agent]]:
+        """Return what the server runs, and one agent per site; their spends are recorded under `directory`."""
+        ring = ring_layout(self.plan, self.model.layout, self.model.head)
+        sums = Sums.of(self.summation, self.plan, ring, sorted(self.sites))
+        run = Run(
             name=self.name,
             plan=self.plan,
             layout=self.model.layout,
-            ring=ring_layout(self.plan, self.model.layout, self.model.head),
+            ring=ring,
             sites=tuple(sorted(self.sites)),
-            summation=InsecurePlainSum(),
+            summation=sums.summation,
         )
+        return run, {site: self._agent(site, directory, ring, sums.protections[site]) for site in run.sites}
 
-    def agents(self, directory: Path) -> dict[str, Agent]:
-        """Return one agent per site; their spends are recorded under `directory`."""
-        ring = ring_layout(self.plan, self.model.layout, self.model.head)
-        return {site: self._agent(site, directory, ring) for site in sorted(self.sites)}
-
-    def _agent(self, site: str, directory: Path, ring: RingLayout) -> Agent:
+    def _agent(self, site: str, directory: Path, ring: RingLayout, protection: Protection) -> Agent:
         def randomness(number: int) -> InsecureSeededNoise:
             return InsecureSeededNoise(self.seed, f"{self.purpose}/{site}", number)
 
@@ -72,7 +73,7 @@ class Federation:
             declared_persons=declared(self.sites[site].person_count),
             ring=ring,
             randomness=randomness,
-            protection=InsecurePlainSum(),
+            protection=protection,
             spends=SpendLog(directory / f"{site}.jsonl"),
         )
 

@@ -30,14 +30,17 @@ from confide.client import postbox
 from confide.client.app import AGENT_SOCKET
 from confide.common.adapter import Layout, load_vector, save_vector
 from confide.common.canonical import canonical_bytes
+from confide.common.crypto import Identity
 from confide.common.errors import RunError
 from confide.common.messages import Envelope
 from confide.common.plan import load_plan
 from confide.common.ring import RingLayout
+from confide.common.roster import parse_roster
 from confide.server.aggregate import ServerState
 from confide.server.app import GridChannel
 from confide.server.rounds import Run, run_rounds, status_of
 from confide.server.store import RoundRecord, Store
+from confide.server.summation import SecureSummation, Summation
 from confide.simulations.insecure import InsecurePlainSum
 
 if TYPE_CHECKING:
@@ -104,7 +107,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the server's loop: what Flower starts as the simulation's server."""
     with errand() as folder:
         run, store, start = _read_errand(folder)
-        run_rounds(run, _Attended(GridChannel(grid, patience_s=run.timeout_s)), store, start, lambda _: None)
+        run_rounds(run, _Attended(GridChannel(grid, patience_s=run.training_s)), store, start, lambda _: None)
 
 
 class _Attended:
@@ -128,9 +131,7 @@ class _Attended:
 
 
 def _write_errand(folder: Path, run: Run, store: Store, start: ServerState) -> None:
-    """Write what the server's process needs to know."""
-    if run.summation.name != InsecurePlainSum.name:
-        raise RunError(f"Through Flower a simulation sums by {InsecurePlainSum.name}, not by {run.summation.name}.")
+    """Write what the server's process needs to know; the folder is private and goes when the run ends."""
     save_vector(folder / "adapter.safetensors", start.adapter, run.layout)
     for name, moment in start.moments.items():
         save_vector(folder / f"moment-{name}.safetensors", moment, run.layout)
@@ -141,7 +142,9 @@ def _write_errand(folder: Path, run: Run, store: Store, start: ServerState) -> N
         "layout": list(run.layout.tensors),
         "ring": dataclasses.asdict(run.ring),
         "sites": list(run.sites),
-        "timeout_s": run.timeout_s,
+        "training_s": run.training_s,
+        "answer_s": run.answer_s,
+        "summation": _spelled(run.summation),
         "moments": sorted(start.moments),
         "store": str(store.root.resolve()),
     }
@@ -163,14 +166,30 @@ def _read_errand(folder: Path) -> tuple[Run, Store, ServerState]:
         layout=layout,
         ring=RingLayout(**fields["ring"]),
         sites=tuple(fields["sites"]),
-        summation=InsecurePlainSum(),
-        timeout_s=fields["timeout_s"],
+        summation=_summation(fields["summation"]),
+        training_s=fields["training_s"],
+        answer_s=fields["answer_s"],
     )
     start = ServerState(
         adapter=load_vector(folder / "adapter.safetensors", layout),
         moments={name: load_vector(folder / f"moment-{name}.safetensors", layout) for name in fields["moments"]},
     )
     return run, store, start
+
+
+def _spelled(summation: Summation) -> dict[str, str] | None:
+    """Return what the server's process needs to sum securely: the roster and the coordinator's key, both of this run."""
+    if isinstance(summation, SecureSummation):
+        return {"roster": summation.roster.canonical().decode(), "key": summation.coordinator.seed().hex()}
+    if isinstance(summation, InsecurePlainSum):
+        return None
+    raise RunError(f"A sum by {type(summation).__name__} cannot be taken through Flower.")
+
+
+def _summation(fields: dict[str, str] | None) -> Summation:
+    if fields is None:
+        return InsecurePlainSum()
+    return SecureSummation(parse_roster(fields["roster"].encode()), Identity(bytes.fromhex(fields["key"])))
 
 
 # Flower's SuperLink, which ends with all below it when its input does: when we close it, or however we end.

@@ -5,82 +5,122 @@
 """
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from confide.client.spends import SEEDED
-from confide.common.errors import MessageError
-from confide.common.messages import Contribution, Envelope, Failure, Offer, expect, open_envelope, seal
-from confide.common.ring import RingLayout, RingSum, RingVector
-from confide.server.rounds import Channel, Collected
+from confide.common.canonical import canonical_bytes
+from confide.common.errors import MessageError, Refused
+from confide.common.messages import (
+    Advertisement,
+    Confirmation,
+    Contribution,
+    MaskedVector,
+    Offer,
+    Opening,
+    Peers,
+    Shares,
+    Signatures,
+    Start,
+    Survivors,
+)
+from confide.common.ring import RingSum, RingVector, check_sum
+from confide.server.summation import Channel, Collected, Conversation, Task
+
+PLAIN_SUM = "insecure_plain_sum"
 
 
 class InsecurePlainSum:
-    """Both ends of a sum without masks: the site sends its ring vector as it is, the server adds."""
+    """Both ends of a sum without masks: the site sends its ring vector as it is, the server adds.
 
-    name = "insecure_plain_sum"
+    Of the exchanges only `advertise` and `contribute` take place. The word stands in the offer for the roster, so that
+    neither end ever takes part in another's protocol by mistake.
+    """
+
     retries = False  # what was sent in the clear need not be sent again
 
-    def protect(self, vector: RingVector, offer: Offer) -> Contribution:
-        """Return the vector, unprotected."""
-        return Contribution(
-            run=offer.run,
-            round=offer.round,
-            attempt=offer.attempt,
-            ring=vector.layout.digest,
-            protection=self.name,
-            words=vector.words,
-        )
+    def attend(self, offer: Offer) -> "InsecureUnmasked":
+        """Return the site's part in the attempt that `offer` begins."""
+        if offer.roster != PLAIN_SUM:
+            raise Refused(f"An offer arrived that is not for a sum by {PLAIN_SUM}.")
+        return InsecureUnmasked(_context(offer))
 
-    def collect(
-        self, channel: Channel, offer: Offer, sites: Sequence[str], ring: RingLayout, least: int, timeout_s: float
-    ) -> Collected:
-        """Return the sum over those sites that took part, if they are at least `least`."""
-        envelope = seal(offer)
-        total = np.zeros(ring.length, np.uint32)
-        present: list[str] = []
-        missing = dict.fromkeys(sorted(sites), "no answer")
-        bytes_up = 0
-        awaited = set(sites)
-        for site, answer in channel.ask(dict.fromkeys(sites, envelope), timeout_s):
-            if site not in awaited:
-                continue  # nobody is summed twice, nor who was not asked
-            awaited.remove(site)
-            try:
-                contribution = _contribution(answer, site, offer, ring)
-            except MessageError as error:
-                missing[site] = type(error).__name__
-                continue
-            if isinstance(contribution, Failure):
-                missing[site] = contribution.error
-                continue
-            total += contribution.words
-            present.append(site)
-            del missing[site]
-            bytes_up = answer.size_bytes
-        enough = len(present) >= least
+    def collect(self, channel: Channel, task: Task) -> Collected:
+        """Return the sum over those sites that took part, if they are enough."""
+        offer = task.offer(roster=PLAIN_SUM)
+        context = _context(offer)
+        start = Start(context=context, inbox=b"", adapter=task.adapter)
+        words = np.zeros(task.ring.size, task.ring.dtype)
+
+        def add(site: str, message: Contribution) -> None:
+            if message.context != context:
+                raise MessageError(f"Site {site} sent a contribution to something else than round {task.round}.")
+            words[:] += task.ring.unpacked(message.vector.words)
+
+        def note(site: str, message: Advertisement) -> None:
+            if (message.context, message.keys) != (context, b""):
+                raise MessageError(f"Site {site} does not take part in a sum by {PLAIN_SUM}.")
+
+        talk = Conversation(channel, task.cohort, least=task.plan.federation.min_sites)
+        total, void = None, ""
+        try:
+            talk.ask("advertise", lambda _: offer, Advertisement, note, task.answer_s)
+            talk.ask("contribute", lambda _: start, Contribution, add, task.training_s)
+            total = RingSum(words=words, layout=task.ring, count=len(talk.present))
+            check_sum(total)
+        except MessageError as error:
+            total, void = None, str(error)
         return Collected(
-            total=RingSum(words=total, layout=ring, count=len(present)) if enough else None,
-            present=tuple(sorted(present)),
-            missing=missing,
-            bytes_up=bytes_up,
-            bytes_down=envelope.size_bytes,
+            summation=PLAIN_SUM,
+            total=total,
+            present=() if total is None else talk.present,
+            missing=talk.missing,
+            void=void,
+            repeatable=False,
+            bytes_up=talk.bytes_up,
+            bytes_down=talk.bytes_down,
         )
 
 
-def _contribution(answer: Envelope, site: str, offer: Offer, ring: RingLayout) -> Contribution | Failure:
-    message = open_envelope(answer)
-    if isinstance(message, Failure):
-        return message
-    expect(message, Contribution)
-    assert isinstance(message, Contribution)
-    due = (offer.run, offer.round, offer.attempt, ring.digest, InsecurePlainSum.name, ring.length)
-    found = (message.run, message.round, message.attempt, message.ring, message.protection, len(message.words))
-    if found != due:
-        raise MessageError(f"Site {site} sent a contribution to something else than round {offer.round} of this run.")
-    return message
+class InsecureUnmasked:
+    """A site's part in a sum that nothing hides."""
+
+    def __init__(self, context: str) -> None:
+        self._context = context
+
+    def advertise(self) -> Advertisement:
+        """Return no keys."""
+        return Advertisement(context=self._context, keys=b"")
+
+    def share(self, message: Peers) -> Shares:
+        """Refuse: there is nothing to share."""
+        raise _nothing(message.kind)
+
+    def admit(self, message: Start) -> None:
+        """Return if the start belongs to this attempt."""
+        if message.context != self._context:
+            raise MessageError("The start of another attempt arrived.")
+
+    def mask(self, vector: RingVector) -> Contribution:
+        """Return the vector as it is."""
+        return Contribution(context=self._context, vector=MaskedVector(words=vector.layout.packed(vector.words)))
+
+    def confirm(self, message: Survivors) -> Confirmation:
+        """Refuse: there is nothing to open."""
+        raise _nothing(message.kind)
+
+    def open(self, message: Signatures) -> Opening:
+        """Refuse: there is nothing to open."""
+        raise _nothing(message.kind)
+
+
+def _context(offer: Offer) -> str:
+    return hashlib.sha256(canonical_bytes(offer.terms)).hexdigest()
+
+
+def _nothing(kind: str) -> Refused:
+    return Refused(f"A sum by {PLAIN_SUM} has no {kind}.")
 
 
 class InsecureSeededNoise:
@@ -99,6 +139,7 @@ class InsecureSeededNoise:
 
     def __init__(self, seed: int, stream: str, number: int) -> None:
         digest = hashlib.sha256(f"confide-simulation/1|{seed}|{stream}|{number}".encode()).digest()
+        self._rounding_key = hashlib.sha256(b"confide-simulation/1 rounding\n" + digest).digest()
         self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(int.from_bytes(digest, "big"))))
 
     def uniforms(self, count: int) -> npt.NDArray[np.float64]:
@@ -108,3 +149,7 @@ class InsecureSeededNoise:
     def gaussian(self, count: int) -> npt.NDArray[np.float64]:
         """Return independent standard normals, (count,)."""
         return self._generator.standard_normal(count)
+
+    def rounding_key(self) -> bytes:
+        """Return the key, 32 bytes, of the keystream that updates are rounded with."""
+        return self._rounding_key

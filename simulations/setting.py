@@ -14,6 +14,8 @@ FORMAT = "confide-setting/1"
 _PLAIN = {"test_share": "float", "sites": "int", "seed": "int", "threads": "int", "alone": "bool", "compare": "bool"}
 SPLITS = ("column", "iid", "dirichlet", "quantity")
 ENGINES = ("in-process", "flower")
+SUMMATIONS = ("real", "insecure_plain_sum")
+_CHOICES = {"split": SPLITS, "engine": ENGINES, "summation": SUMMATIONS}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,7 @@ class Setting:
         concentration: The Dirichlet parameter, for the splits `dirichlet` and `quantity`.
         seed: Fixes the split and every draw.
         engine: How messages travel, one of `ENGINES`.
+        summation: How vectors are summed, one of `SUMMATIONS`.
         threads: Processor threads of torch, 0 for the plan's; equal bytes need equal numbers.
         alone: Whether each site is also trained alone.
         compare: Whether the head-only and the pooled comparisons are made.
@@ -46,9 +49,21 @@ class Setting:
     concentration: float
     seed: int
     engine: str
+    summation: str
     threads: int
     alone: bool
     compare: bool
+
+
+def check_choices(**chosen: str) -> None:
+    """Return if each of split, engine and summation that is given is one of those there are.
+
+    Raises:
+        UsageError: One is not.
+    """
+    for name, value in chosen.items():
+        if value not in _CHOICES[name]:
+            raise UsageError(f"There is no {name} {value!r}. Known are {', '.join(_CHOICES[name])}.")
 
 
 def check_fresh(directory: Path) -> None:

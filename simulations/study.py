@@ -17,9 +17,9 @@ from confide.client.trainer import PrivateTrainer
 from confide.common.accounting import noise_multiplier, planned_cost
 from confide.common.adapter import Floats
 from confide.common.disk import lock, whole
-from confide.common.errors import RunError, UsageError
+from confide.common.errors import RunError
 from confide.common.examples import Examples, union
-from confide.common.messages import Envelope
+from confide.common.messages import Envelope, Start, kind_of
 from confide.common.model import AdaptedModel, PrefixCache, attach
 from confide.common.plan import Plan, load_plan
 from confide.server.aggregate import ServerState
@@ -29,7 +29,7 @@ from confide.server.store import RoundRecord, Store
 from confide.simulations.cohort import read_cohort
 from confide.simulations.federation import Engine, Federation, declared, run_in_process
 from confide.simulations.insecure import InsecureSeededNoise
-from confide.simulations.setting import ENGINES, read_setting
+from confide.simulations.setting import check_choices, read_setting
 
 RUN_FORMAT = "confide-run/1"
 _EPSILON_POINTS = 12
@@ -120,10 +120,11 @@ class Study:
             sites=self.cohort.sites,
             cache=self.cache,
             seed=self.setting.seed,
+            summation=self.setting.summation,
             purpose="federated" if model is self.model else "head-only",
         )
         store = self._store if directory == self.directory else Store(directory)
-        agents = federation.agents(directory / "sites")
+        run, agents = federation.begin(directory / "sites")
         start = ServerState.begin(model.start, self.plan.federation)
         rounds = self.plan.privacy.rounds
         title = "Federated rounds" if model is self.model else "Federated rounds, head only"
@@ -133,7 +134,7 @@ class Study:
             self._watch.advance(len(agents))
         watched = {site: _Watched(site, agent, self._watch) for site, agent in agents.items()}
         engine = _engine(self.setting.engine) if model is self.model else run_in_process  # comparisons need no Flower
-        status = engine(federation.run(), watched, store, start, lambda record: self._told(record, model, store))
+        status = engine(run, watched, store, start, lambda record: self._told(record, model, store))
         state = store.latest(model.layout)
         if state is None or status == "failed":
             raise RunError(
@@ -154,7 +155,7 @@ class Study:
         if model is self.model:
             self._history.append({"round": record.round, **found})
         void = "" if record.present else " (void)"
-        missing = "".join(f", {site} missing: {why}" for site, why in record.missing.items())
+        missing = "".join(f", {site} lost at {why}" for site, why in record.missing.items())
         shown = "  ".join(f"{name} {found[name]:.3f}" for name in dict.fromkeys((self.plan.task.score, "accuracy")))
         self._watch.note(f"round {record.round:>3}  {shown}  {len(record.present)} sites{void}{missing}")
 
@@ -264,7 +265,7 @@ class Study:
 
 
 class _Watched:
-    """A site's agent, whose every answer is told."""
+    """A site's agent; what it trained is told."""
 
     def __init__(self, site: str, agent: Agent, watch: Watch) -> None:
         self._site = site
@@ -274,7 +275,8 @@ class _Watched:
     def answer(self, envelope: Envelope) -> Envelope:
         """Return the agent's answer."""
         answer = self._agent.answer(envelope)
-        self._watch.advance(doing=self._site)
+        if kind_of(envelope) == Start.kind:
+            self._watch.advance(doing=self._site)
         return answer
 
 
@@ -283,8 +285,7 @@ def _engine(name: str) -> Engine:
         from confide.simulations.flower import run_through_flower
 
         return run_through_flower
-    if name != "in-process":
-        raise UsageError(f"There is no engine {name!r}. Known are {', '.join(ENGINES)}.")
+    check_choices(engine=name)
     return run_in_process
 
 

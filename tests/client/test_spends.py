@@ -1,10 +1,12 @@
-"""The record of spends: durable before training, never two costs for a round."""
+"""The record of spends: durable before training, never two costs for a round, and no way back into one that is over."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from confide.common.accounting import Spend
 from confide.common.errors import PrivacyError, Refused
 
 START = "sha256:" + "0" * 64
+COMMITMENT = "sha256:" + "2" * 64
 
 
 def spend(number: int, steps: int = 4, noise: str = "insecure_seeded_noise") -> Spend:
@@ -36,7 +39,12 @@ def test_a_reserved_spend_is_on_disk_when_reserve_returns(tmp_path: Path) -> Non
     log.reserve(spend(1), START)
 
     assert SpendLog(path).spends == (spend(1),)
-    assert json.loads(path.read_bytes())["format"] == "confide-spend/1"
+    assert json.loads(path.read_bytes()) == {
+        "format": "confide-spend/1",
+        "event": "reserve",
+        "start": START,
+        **dataclasses.asdict(spend(1)),
+    }
 
 
 def test_a_reserved_spend_outlives_the_process(tmp_path: Path) -> None:
@@ -53,14 +61,32 @@ def test_a_reserved_spend_outlives_the_process(tmp_path: Path) -> None:
     assert SpendLog(path).spends == (spend(1),)
 
 
-def test_reserve_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+EVENTS: dict[str, Callable[[SpendLog], None]] = {
+    "reserve": lambda log: log.reserve(spend(1, noise="fresh"), START),
+    "bind": lambda log: log.bind(1, COMMITMENT),
+    "open": lambda log: log.open(1),
+}
+
+
+def after(path: Path | None, *events: str) -> SpendLog:
+    """Return a record in which a round of fresh noise went through these events."""
+    log = SpendLog(path)
+    for event in events:
+        EVENTS[event](log)
+    return log
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_every_event_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str) -> None:
     synced: list[bytes] = []
     path = tmp_path / "spends.jsonl"
+    log = after(path, *itertools.takewhile(lambda earlier: earlier != event, EVENTS))
     monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes()))
 
-    SpendLog(path).reserve(spend(1), START)
+    EVENTS[event](log)
 
     assert synced[0] == path.read_bytes()
+    assert json.loads(synced[0].splitlines()[-1])["event"] == event
     assert synced[0].endswith(b"\n")
 
 
@@ -111,24 +137,106 @@ def test_rounds_do_not_go_back(tmp_path: Path) -> None:
         log.reserve(spend(2), START)
 
 
-def test_a_failed_write_reserves_nothing_and_leaves_the_record_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+CONSEQUENCES = {
+    "reserve": "Nothing was trained",
+    "bind": "The round's vector is not used",
+    "open": "The sum is not opened with this site's help",
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_failed_write_leaves_the_record_whole_and_nothing_follows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str
 ) -> None:
     path = tmp_path / "spends.jsonl"
-    log = SpendLog(path)
-    log.reserve(spend(1), START)
+    log = after(path, *itertools.takewhile(lambda earlier: earlier != event, EVENTS))
+    before = path.read_bytes() if path.exists() else b""
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(PrivacyError, match=r"No space left on device\. Nothing was trained"):
-            log.reserve(spend(2), START)
+        with pytest.raises(PrivacyError, match=rf"No space left on device\. {CONSEQUENCES[event]}"):
+            EVENTS[event](log)
     with pytest.raises(PrivacyError, match="An earlier write"):
-        log.reserve(spend(2), START)
+        EVENTS[event](log)
 
-    assert SpendLog(path).spends == (spend(1),)
+    assert path.read_bytes() == before
+    assert SpendLog(path).spends == log.spends
+
+
+def admitted(log: SpendLog, number: int, *, kept: bool = False) -> bool:
+    try:
+        log.admit(number, kept=kept)
+    except Refused:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["same process", "started anew"])
+@pytest.mark.parametrize(
+    ("events", "kept", "admits"),
+    [
+        ((), False, True),
+        (("reserve",), False, False),
+        (("reserve",), True, False),  # a vector that was never bound is not this round's
+        (("reserve", "bind"), True, True),
+        (("reserve", "bind"), False, False),
+        (("reserve", "bind", "open"), True, False),
+        (("reserve", "bind", "open"), False, False),
+    ],
+    ids=lambda value: "+".join(value) or "nothing" if isinstance(value, tuple) else str(value),
+)
+def test_a_site_takes_part_again_only_in_a_round_that_has_its_vector_and_was_not_opened(
+    tmp_path: Path, events: tuple[str, ...], kept: bool, admits: bool, again: bool
+) -> None:
+    log = after(tmp_path / "spends.jsonl", *events)
+
+    found = admitted(SpendLog(tmp_path / "spends.jsonl") if again else log, 1, kept=kept)
+
+    assert found == admits
+
+
+def test_a_refusal_says_which_way_the_round_went(tmp_path: Path) -> None:
+    with pytest.raises(
+        Refused, match=r"The sum of round 1 was opened with this site's help; that happens once a round"
+    ):
+        after(None, *EVENTS).admit(1, kept=True)
+    with pytest.raises(Refused, match="Round 1 was begun and its vector is gone; a round is trained once"):
+        after(None, "reserve").admit(1, kept=False)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["same process", "started anew"])
+def test_no_earlier_round_is_entered_once_a_later_one_was_begun(tmp_path: Path, again: bool) -> None:
+    log = after(tmp_path / "spends.jsonl", "reserve", "bind")
+    log.reserve(spend(3), START)
+
+    found = SpendLog(tmp_path / "spends.jsonl") if again else log
+
+    for number in (1, 2):
+        with pytest.raises(Refused, match=f"Round {number} is offered after round 3"):
+            found.admit(number, kept=True)
+    assert admitted(found, 3)
+    assert admitted(found, 4)
+
+
+def test_a_seeded_simulation_may_go_through_its_last_round_again(tmp_path: Path) -> None:
+    log = SpendLog(tmp_path / "spends.jsonl")
+    log.reserve(spend(1), START)
+    log.bind(1, COMMITMENT)
+    log.open(1)
+
+    assert admitted(log, 1)
+    assert admitted(SpendLog(tmp_path / "spends.jsonl"), 1)
+
+
+def test_the_adapter_a_round_was_trained_from_is_known_after_a_restart(tmp_path: Path) -> None:
+    log = after(tmp_path / "spends.jsonl", *EVENTS)
+
+    starts = [(known.start(1), known.start(2)) for known in (log, SpendLog(tmp_path / "spends.jsonl"))]
+
+    assert starts == [(START, None)] * 2
 
 
 def test_spends_are_given_in_the_order_of_rounds(tmp_path: Path) -> None:
@@ -149,11 +257,30 @@ def test_a_record_without_a_file_is_kept_in_memory() -> None:
     assert log.spends == (spend(1),)
 
 
+def line(fields: dict[str, object]) -> bytes:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+def event(name: str, **fields: object) -> bytes:
+    return line({"format": "confide-spend/1", "event": name, **fields})
+
+
+def test_the_lines_below_are_damaged_by_what_was_changed_in_them(tmp_path: Path) -> None:
+    path = tmp_path / "spends.jsonl"
+    SpendLog(path).reserve(spend(1), START)
+    reserved = event("reserve", start=START, **dataclasses.asdict(spend(2)))
+
+    with path.open("ab") as stream:
+        stream.write(reserved + event("bind", round=1, commitment=COMMITMENT) + event("open", round=1))
+
+    assert SpendLog(path).spends == (spend(1), spend(2))
+
+
 def lines() -> list[bytes]:
-    base = {"format": "confide-spend/1", "start": START, **dataclasses.asdict(spend(2))}
+    base = {"format": "confide-spend/1", "event": "reserve", "start": START, **dataclasses.asdict(spend(2))}
 
     def with_(**changes: object) -> bytes:
-        return json.dumps({**base, **changes}, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+        return line({**base, **changes})
 
     whole = with_()
     return [
@@ -176,6 +303,15 @@ def lines() -> list[bytes]:
         with_(round=1, steps=1),
         whole.replace(b",", b", "),
         whole.replace(b'"steps":4', b'"steps":400,"steps":4'),
+        with_(event="spend"),
+        with_(event="bind"),
+        event("reserve", **dataclasses.asdict(spend(2))),
+        event("bind", round=2, commitment=COMMITMENT),  # of a round that was not reserved
+        event("bind", round=1),
+        event("bind", commitment=COMMITMENT),
+        event("open", round=2),
+        event("open"),
+        line({"format": "confide-spend/1", "start": START, **dataclasses.asdict(spend(2))}),
     ]
 
 

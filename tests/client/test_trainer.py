@@ -47,6 +47,9 @@ class Quiet:
     def gaussian(self, count: int) -> npt.NDArray[np.float64]:
         return np.zeros(count)
 
+    def rounding_key(self) -> bytes:
+        raise NotImplementedError  # training rounds nothing
+
 
 def one_at_a_time(model: AdaptedModel, examples: Examples) -> npt.NDArray[np.float64]:
     """The obvious way: one row, one backward pass, one gradient. Returns (rows, d)."""

@@ -29,12 +29,16 @@ def beginning(federation: Federation) -> ServerState:
 def record_of(before: ServerState, after: ServerState, number: int) -> RoundRecord:
     return RoundRecord(
         round=number,
+        attempts=1,
         parent=vector_digest(before.adapter),
         adapter=vector_digest(after.adapter),
         moments={name: vector_digest(moment) for name, moment in after.moments.items()},
         present=("a", "b", "c"),
-        missing={"d": "no answer"},
-        summation="insecure_plain_sum",
+        missing={"d": "contribute: no answer"},
+        void="",
+        summation="secure_aggregation",
+        bounded=1 / 3,
+        saturated=0.0,
         bytes_up=120,
         bytes_down=240,
         seconds=0.25,
@@ -222,6 +226,10 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "a list for a mapping": altered(missing=[]),
     "a number for a digest": altered(adapter=7),
     "a text for a number": altered(bytes_up="120"),
+    "a bool for a number": altered(attempts=True),
+    "a whole number for a share": altered(bounded=1),
+    "null for a text": altered(void=None),
+    "a share missing": altered(saturated="left out"),
     "not finite": altered(seconds=float("nan")),
 }
 
@@ -299,12 +307,13 @@ def test_a_damaged_adapter_or_one_of_another_layout_is_refused(tmp_path: Path) -
         Store(tmp_path).latest(LAYOUT)
 
 
-def test_a_record_says_who_was_missing_and_what_the_sum_was(tmp_path: Path) -> None:
+def test_a_record_says_who_was_missing_where_and_what_the_sum_was(tmp_path: Path) -> None:
     store = Store(tmp_path)
     go_on(store, 1, FEDAVG)
 
     raw = json.loads((tmp_path / "rounds" / "0001.json").read_bytes())
 
     assert raw == {"format": "confide-round/1", **dataclasses.asdict(store.records[0]), "present": ["a", "b", "c"]}
-    assert raw["missing"] == {"d": "no answer"}
-    assert raw["summation"] == "insecure_plain_sum"
+    assert raw["missing"] == {"d": "contribute: no answer"}
+    assert (raw["summation"], raw["attempts"], raw["void"]) == ("secure_aggregation", 1, "")
+    assert (raw["bounded"], raw["saturated"]) == (1 / 3, 0.0)

@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Iterator
 
 from confide.common.accounting import noise_multiplier, planned_cost
+from confide.common.bounds import BOUND_PER_NORM, BOUND_PER_RMS, predicted
 from confide.common.graph import COMPLETE_UP_TO, CORRUPT, SEMI_HONEST, connections, survives
 from confide.common.plan import Plan, ring_sites, ring_steps, template_columns
-from confide.common.ring import BOUND_PER_NORM, BOUND_PER_RMS, predicted
 
 
 def explain(plan: Plan) -> Iterator[tuple[str, list[str]]]:

@@ -8,11 +8,12 @@ from typing import Protocol
 from confide.client.agent import Agent, Protection
 from confide.client.spends import SpendLog
 from confide.client.trainer import PrivateTrainer
+from confide.common.bounds import ring_layout
 from confide.common.examples import Examples
 from confide.common.messages import Envelope
 from confide.common.model import AdaptedModel, PrefixCache
 from confide.common.plan import Plan
-from confide.common.ring import RingLayout, ring_layout
+from confide.common.ring import RingLayout
 from confide.server.aggregate import ServerState
 from confide.server.rounds import Run, run_rounds
 from confide.server.store import RoundRecord, Store

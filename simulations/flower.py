@@ -164,7 +164,7 @@ def _read_errand(folder: Path) -> tuple[Run, Store, ServerState]:
         name=fields["name"],
         plan=plan,
         layout=layout,
-        ring=RingLayout(**fields["ring"]),
+        ring=RingLayout(**{**fields["ring"], "segments": tuple(map(tuple, fields["ring"]["segments"]))}),
         sites=tuple(fields["sites"]),
         summation=_summation(fields["summation"]),
         training_s=fields["training_s"],

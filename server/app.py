@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from confide.common.errors import MessageError
-from confide.common.messages import Envelope
+from confide.common.messages import Envelope, Words
 
 _POLL_S = 0.05
 
@@ -38,8 +38,11 @@ class GridChannel:
         deadline = time.monotonic() + timeout_s
         self._find(messages.keys(), min(deadline, time.monotonic() + self._patience_s))
         sites = {self._nodes[site]: site for site in messages if site in self._nodes}
-        records = {id(envelope): _records(envelope) for envelope in messages.values()}  # mostly one for all sites
-        contents = {node: records[id(messages[site])] for node, site in sites.items()}
+        vectors = {id(envelope.vector): envelope.vector for envelope in messages.values()}
+        arrays = {key: _array(vector) for key, vector in vectors.items() if vector is not None}  # mostly one for all
+        contents = {
+            node: _records(messages[site], arrays.get(id(messages[site].vector))) for node, site in sites.items()
+        }
         for node, reply in self._exchange(contents, "query.deliver", deadline):
             site = sites[node]
             if reply.has_error():
@@ -82,14 +85,18 @@ class GridChannel:
             time.sleep(_POLL_S)
 
 
-def _records(envelope: Envelope) -> RecordDict:
+def _records(envelope: Envelope, array: ArrayRecord | None) -> RecordDict:
     """Return Flower's form of an envelope; the vector is an array, for these are sent in pieces and bytes are not."""
     records = RecordDict({"body": ConfigRecord({"body": envelope.body})})
-    if envelope.vector is not None:
-        words = envelope.vector.astype("<u4", copy=False)
-        array = Array(dtype="uint32", shape=words.shape, stype="little-endian", data=words.tobytes())
-        records["vector"] = ArrayRecord({"words": array})
+    if array is not None:
+        records["vector"] = array
     return records
+
+
+def _array(vector: Words) -> ArrayRecord:
+    words = vector.astype("<u4", copy=False)
+    array = Array(dtype="uint32", shape=words.shape, stype="little-endian", data=words.tobytes())
+    return ArrayRecord({"words": array})
 
 
 def _envelope(records: RecordDict) -> Envelope:

@@ -108,7 +108,7 @@ def _attempts(run: Run, channel: Channel, state: ServerState, number: int) -> It
     Sites mask the same vectors in every attempt. The second asks those who did not answer once more, for a site may have
     been started anew; the third goes on without them.
     """
-    cohort = run.sites
+    cohort = tuple(sorted(run.sites))
     for attempt in range(1, MOST_ATTEMPTS + 1):
         task = Task(
             run=run.name,

@@ -24,16 +24,18 @@ class Kept:
     Args:
         folder: Where they are sealed; None keeps them in memory only.
         key: 32 bytes of the site's own that survive a restart; with `folder`.
+        run: The run's name; a vector of another run is not found by mistake.
 
     Raises:
         UsageError: A folder is given without a key.
     """
 
-    def __init__(self, folder: Path | None = None, key: bytes = b"") -> None:
+    def __init__(self, folder: Path | None = None, key: bytes = b"", run: str = "") -> None:
         if folder is not None and not key:
             raise UsageError("A folder for vectors needs a key to seal them with.")
         self._folder = folder
         self._key = key
+        self._run = run
         self._memory: dict[int, RingVector] = {}
 
     def __repr__(self) -> str:
@@ -82,4 +84,4 @@ class Kept:
         return self._folder / f"{number:06}.vector"
 
     def _purpose(self, number: int) -> bytes:
-        return f"confide-kept/1 round {number}\n".encode()
+        return f"confide-kept/1 run {self._run} round {number}\n".encode()

@@ -91,6 +91,11 @@ class Attempt:
         )
 
     @property
+    def gathered(self) -> int:
+        """How many sites must advertise before keys are shared."""
+        return max(self.floor, self.connections.gathered)
+
+    @property
     def offered(self) -> bytes:
         """What the coordinator signs."""
         return _label("offer") + self.pre

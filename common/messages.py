@@ -25,7 +25,7 @@ from confide.common.canonical import canonical_bytes, sha256
 from confide.common.errors import ConfideError, MessageError
 
 FORMAT = "confide-message/1"
-LARGEST_BODY_BYTES = 1 << 20
+LARGEST_BODY_BYTES = 1 << 21
 _MOST_NAMES = 1000
 Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint32]

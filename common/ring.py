@@ -99,13 +99,15 @@ class RingLayout:
         return sha256(canonical_bytes({"format": "confide-ring/1", **dataclasses.asdict(self)}))
 
     def packed(self, words: RingWords) -> Wire:
-        """Return `words`, (size,), as the uint32 that travel: a view, in which two words of 16 bits are one uint32.
+        """Return `words`, (size,), as the uint32 that travel; two words of 16 bits are one, the first its lower half.
+
+        A view, where numbers are little-endian.
 
         Raises:
             MessageError: The words have another shape or type.
         """
         _check_fit("Words", words, self.size, self.dtype)
-        return words.view(np.uint32)
+        return words.astype(words.dtype.newbyteorder("<"), copy=False).view("<u4").astype(np.uint32, copy=False)
 
     def unpacked(self, wire: Wire) -> RingWords:
         """Return the words, (size,), that `packed` made `wire` of: a view.
@@ -114,7 +116,7 @@ class RingLayout:
             MessageError: The wire has another shape or type.
         """
         _check_fit("A vector", wire, self.size * self.dtype.itemsize // 4, np.dtype(np.uint32))
-        return wire.view(self.dtype)
+        return wire.astype("<u4", copy=False).view(self.dtype.newbyteorder("<")).astype(self.dtype, copy=False)
 
     @property
     def _spans(self) -> tuple[tuple[int, float], ...]:

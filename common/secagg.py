@@ -75,6 +75,7 @@ from confide.common.shamir import NO_SHARE, SECRET_BYTES, SHARE_BYTES, Combiner,
 
 _COMMITMENT_BYTES = 32
 _PLACE_BYTES = 2
+_OVER = "nothing more"
 
 Mask = tuple[bytes, bool]  # the key of its keystream, and whether it is added or taken off
 
@@ -111,7 +112,6 @@ class SiteSide:
         self._keys: _Keys | None = _Keys(attempt, entropy)
         self._gathering: Gathering
         self._ends: dict[int, bool] = {}  # those whose pair mask is in the vector, and whether it is added
-        self._held: dict[int, tuple[bytes, bytes]] = {}  # by place: shares of its self mask's seed and of its pair key
         self._survivors: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
@@ -134,13 +134,13 @@ class SiteSide:
             gathering = self._gathering = read_gathering(self._attempt, message, self._check)
             if gathering.public.get(self._place) != keys.public:
                 raise MessageError("The advertisements of this attempt do not hold the one that this site sent.")
-            self._suffice(len(gathering.public), "advertised", self._attempt.connections.gathered)
+            self._suffice(len(gathering.public), "advertised", self._attempt.gathered)
             peers = gathering.neighbours[self._place]
             points = [_point(peer) for peer in (*peers, self._place)]
             threshold = self._attempt.connections.threshold
             of_seed = split(keys.seed, threshold, points, self._entropy)
             of_pair = split(keys.pair.secret(), threshold, points, self._entropy)
-            self._held[self._place] = (of_seed[-1], of_pair[-1])
+            keys.held[self._place] = (of_seed[-1], of_pair[-1])
             boxes = [
                 self._sealed(keys, peer, one + other) for peer, one, other in zip(peers, of_seed, of_pair, strict=False)
             ]
@@ -168,10 +168,10 @@ class SiteSide:
             for peer, box in inbox.items():
                 try:
                     shares = self._unsealed(keys, peer, box)
-                    self._held[peer] = (shares[:SHARE_BYTES], shares[SHARE_BYTES:])
+                    keys.held[peer] = (shares[:SHARE_BYTES], shares[SHARE_BYTES:])
                 except MessageError:
-                    self._held[peer] = (NO_SHARE, NO_SHARE)
-            opened = sum(shares != (NO_SHARE, NO_SHARE) for shares in self._held.values())
+                    keys.held[peer] = (NO_SHARE, NO_SHARE)
+            opened = sum(shares != (NO_SHARE, NO_SHARE) for shares in keys.held.values())
             if opened < max(self._attempt.connections.threshold, LEAST_SITES):
                 raise Refused(
                     f"Only {opened} sites, this one included, hold shares of one context; "
@@ -187,7 +187,7 @@ class SiteSide:
             masks = [(derive(keys.seed, gathering.own(place)), True)]
             masks += [
                 (derive(keys.pair.agree(gathering.mask_key(peer)), gathering.pair(place, peer)), place < peer)
-                for peer in self._held
+                for peer in keys.held
                 if peer != place
             ]
             words = vector.words.copy()
@@ -203,17 +203,17 @@ class SiteSide:
             MessageError: The message belongs to another attempt or is malformed, or names a site that shared no keys.
             Refused: This site is not among the survivors, or they are too few.
         """
-        with self._step("confirm", then="open"):
+        with self._step("confirm", then="open") as keys:
             gathering = self._gathering
             self._same(message.context)
             survivors = set(read_places(message.sites, self._attempt))
             strangers = survivors - gathering.public.keys()
-            strangers |= survivors & set(gathering.neighbours[self._place]) - self._held.keys()
+            strangers |= survivors & set(gathering.neighbours[self._place]) - keys.held.keys()
             if strangers:
                 raise MessageError("The survivors named hold a site that shared no keys in this attempt.")
             if self._place not in survivors:
                 raise Refused("This site is not among the survivors named, so it does not help to open their sum.")
-            self._suffice(len(survivors), "are left")
+            self._suffice(len(survivors), "are left", self._attempt.floor)
             self._survivors = tuple(sorted(survivors))
             return Confirmation(
                 context=gathering.ctx.hex(), signature=self._identity.sign(gathering.confirmed(message.sites))
@@ -226,11 +226,11 @@ class SiteSide:
             MessageError: The message belongs to another attempt, or a signature is malformed, forged or no survivor's.
             Refused: Too few survivors signed the survivors that this site signed.
         """
-        with self._step("open", then="over"):
+        with self._step("open", then=_OVER) as keys:
             gathering = self._gathering
             self._same(message.context)
             signatures = read_records(message.signatures, _PLACE_BYTES + SIGNATURE_BYTES, self._attempt)
-            self._suffice(len(signatures), "signed")
+            self._suffice(len(signatures), "signed", self._attempt.floor)
             due = gathering.confirmed(places(self._survivors))
             for place, signature in signatures.items():
                 if place not in self._survivors:
@@ -238,7 +238,7 @@ class SiteSide:
                 self._check(self._attempt.keys[place], due, signature)
             shares = (
                 of_seed if peer in self._survivors else of_pair
-                for peer, (of_seed, of_pair) in sorted(self._held.items())
+                for peer, (of_seed, of_pair) in sorted(keys.held.items())
             )
             return Opening(context=gathering.ctx.hex(), shares=b"".join(shares))
 
@@ -248,18 +248,14 @@ class SiteSide:
         keys = self._keys
         if self._due != name or keys is None:
             raise Refused(f"In this attempt {self._due} is due at this site, not {name}.")
-        self._due, self._keys = "nothing more", None
+        self._due, self._keys = _OVER, None
         yield keys
-        self._due = then
-        if then == "over":
-            self._held.clear()
-        else:
-            self._keys = keys
+        self._due, self._keys = then, None if then == _OVER else keys
 
-    def _suffice(self, count: int, did: str, least: int = 0) -> None:
-        needed, cohort = max(self._attempt.floor, least), len(self._attempt.keys)
-        if count < needed:
-            raise Refused(f"Only {count} of a cohort of {cohort} sites {did}; {needed} are needed.")
+    def _suffice(self, count: int, did: str, least: int) -> None:
+        if count < least:
+            cohort = len(self._attempt.keys)
+            raise Refused(f"Only {count} of a cohort of {cohort} sites {did}; {least} are needed.")
 
     def _same(self, context: str) -> None:
         if context != self._gathering.ctx.hex():
@@ -432,7 +428,11 @@ class ServerSide:
     def _secret(self, place: int, accept: Callable[[bytes], bool]) -> bytes:
         """Return a site's secret from the shares that arrived; who sent wrong ones is trusted last from then on."""
         shares, threshold = self._shares.get(place, {}), self._attempt.connections.threshold
-        secret, wrong = recover(shares, threshold, accept, self._suspects, self._combiners)
+        try:
+            secret, wrong = recover(shares, threshold, accept, self._suspects, self._combiners)
+        except MessageError as error:
+            self._suspects.add(_point(place))
+            raise MessageError(f"A secret of site {self._attempt.offer.cohort[place]} is lost: {error}") from None
         self._suspects |= wrong
         return secret
 
@@ -473,13 +473,14 @@ def apply_masks(words: RingWords, masks: Sequence[Mask]) -> None:
 
 
 class _Keys:
-    """A site's secrets of one attempt."""
+    """A site's secrets of one attempt, and the shares of its peers' that it holds."""
 
     def __init__(self, attempt: Attempt, entropy: Entropy) -> None:
         self.box = AgreementKey.generate(entropy)
         self.pair = AgreementKey.generate(entropy)
         self.kem = KemKey.generate(entropy) if attempt.hybrid else None
         self.seed = entropy(SECRET_BYTES)
+        self.held: dict[int, tuple[bytes, bytes]] = {}  # by place: shares of its self mask's seed and of its pair key
 
     @property
     def public(self) -> bytes:

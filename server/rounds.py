@@ -7,6 +7,7 @@ loop is the same in a simulation and between institutions.
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from confide.common.adapter import Layout
 from confide.common.errors import RunError
@@ -60,7 +61,7 @@ def run_rounds(
     """
     state = store.latest(run.layout) or start
     for number in range(len(store.records) + 1, run.plan.privacy.rounds + 1):
-        state, record = run_round(run, channel, state, number)
+        state, record = run_round(run, channel, state, number, partial(store.begin_attempt, number))
         store.commit(state, record, run.layout)
         told(record)
     return status_of(store.records)
@@ -73,11 +74,21 @@ def status_of(records: Sequence[RoundRecord]) -> str:
     return "completed-degraded" if any(record.missing for record in records) else "completed"
 
 
-def run_round(run: Run, channel: Channel, state: ServerState, number: int) -> tuple[ServerState, RoundRecord]:
-    """Run one round; a round without a sum leaves the state as it was and is recorded as void."""
+def run_round(
+    run: Run, channel: Channel, state: ServerState, number: int, begin_attempt: Callable[[], int]
+) -> tuple[ServerState, RoundRecord]:
+    """Run one round; a round without a sum leaves the state as it was and is recorded as void.
+
+    Args:
+        run: What is run.
+        channel: How sites are reached.
+        state: The state before.
+        number: The round.
+        begin_attempt: Gives the number of each attempt, never one twice.
+    """
     began = time.monotonic()
     parent = vector_digest(state.adapter)
-    tried = list(_attempts(run, channel, state, number))
+    tried = list(_attempts(run, channel, state, number, begin_attempt))
     last = tried[-1]
     update = None if last.total is None else Update.decode(last.total)
     if update is not None:
@@ -102,19 +113,21 @@ def run_round(run: Run, channel: Channel, state: ServerState, number: int) -> tu
     return state, record
 
 
-def _attempts(run: Run, channel: Channel, state: ServerState, number: int) -> Iterator[Collected]:
+def _attempts(
+    run: Run, channel: Channel, state: ServerState, number: int, begin_attempt: Callable[[], int]
+) -> Iterator[Collected]:
     """Try to sum the round until it succeeds or must not be tried again.
 
     Sites mask the same vectors in every attempt. The second asks those who did not answer once more, for a site may have
     been started anew; the third goes on without them.
     """
     cohort = tuple(sorted(run.sites))
-    for attempt in range(1, MOST_ATTEMPTS + 1):
+    for tried in range(1, MOST_ATTEMPTS + 1):
         task = Task(
             run=run.name,
             plan=run.plan,
             round=number,
-            attempt=attempt,
+            attempt=begin_attempt(),
             cohort=cohort,
             layout=run.layout.digest,
             ring=run.ring,
@@ -127,7 +140,7 @@ def _attempts(run: Run, channel: Channel, state: ServerState, number: int) -> It
         again = tuple(
             site
             for site in cohort
-            if site not in collected.missing or (attempt == 1 and collected.missing[site].endswith(SILENT))
+            if site not in collected.missing or (tried == 1 and collected.missing[site].endswith(SILENT))
         )
         if collected.total is not None or not collected.repeatable or len(again) < run.plan.federation.min_sites:
             return

@@ -4,6 +4,7 @@
     RUN/adapters/HEX.safetensors  each version of the adapter, named by its digest
     RUN/moments/0007.safetensors  the server optimizer's memory after the last round, if it has any
     RUN/rounds/0007.json          one record per round; a round counts once its record is here
+    RUN/attempts.json             the attempt that was begun last; a server that is started anew never repeats its number
 
 Every file is written whole or not at all, the record last.
 """
@@ -77,6 +78,22 @@ class Store:
             (root / folder).mkdir(parents=True, exist_ok=True)
         self.records: list[RoundRecord] = []
         self.refresh()
+
+    def begin_attempt(self, number: int) -> int:
+        """Return the number of a new attempt at round `number`, from 1, once it is on disk.
+
+        Raises:
+            RunError: The file of the last attempt is damaged.
+        """
+        path = self.root / "attempts.json"
+        try:
+            last = json.loads(path.read_bytes()) if path.exists() else {"round": number, "attempt": 0}
+            attempt = last["attempt"] + 1 if last["round"] == number else 1
+        except (ValueError, TypeError, KeyError):
+            raise RunError(f"{path} is damaged. Remove it; sites may then refuse one round.") from None
+        with whole(path) as draft:
+            draft.write_bytes(canonical_bytes({"round": number, "attempt": attempt}))
+        return int(attempt)
 
     def refresh(self) -> list[RoundRecord]:
         """Read the records that another process added since, and return them."""

@@ -146,7 +146,7 @@ class SecureSummation:
         talk = Conversation(channel, task.cohort, least=attempt.floor)
         total, void = None, ""
         try:
-            talk.ask("advertise", lambda _: offer, Advertisement, side.advertised, task.answer_s)
+            talk.ask("advertise", lambda _: offer, Advertisement, side.advertised, task.answer_s, attempt.gathered)
             peers = side.peers()
             talk.ask("share", lambda _: peers, Shares, side.shared, task.answer_s)
             talk.ask(
@@ -217,6 +217,7 @@ class Conversation:
         kind: type[_M],
         take: Callable[[str, _M], None],
         timeout_s: float,
+        least: int = 0,
     ) -> None:
         """Send every site that is present its question and take each answer as it comes.
 
@@ -226,6 +227,7 @@ class Conversation:
             kind: The class of message that is due.
             take: Takes a site's answer; a MessageError it raises loses the site and nothing else.
             timeout_s: How long to wait for answers.
+            least: How many must be left after this exchange, if more than after each.
 
         Raises:
             MessageError: Fewer sites are left than are needed.
@@ -248,10 +250,10 @@ class Conversation:
             self._down[site] += envelope.size_bytes
         self.missing |= lost
         self.present = tuple(site for site in self.present if site not in lost)
-        if len(self.present) < self._least:
+        needed = max(self._least, least)
+        if len(self.present) < needed:
             raise MessageError(
-                f"After `{exchange}` {len(self.present)} of a cohort of {self._cohort} sites were left; {self._least} are "
-                "needed."
+                f"After `{exchange}` {len(self.present)} of a cohort of {self._cohort} sites were left; {needed} are needed."
             )
 
 

@@ -1,6 +1,7 @@
 """A cohort for tests of secure aggregation: keys, an offer, both sides, and a round with dropouts at any exchange."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ class Cohort:
     terms: Federation = dataclasses.field(default_factory=Federation)
     round: int = 1
     attempt: int = 1
-    entropy: Entropy | None = None
+    entropy: Entropy = os.urandom
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,13 +82,12 @@ class Cohort:
 
     def site(self, name: str, attempt: Attempt | None = None) -> SiteSide:
         """Return one site's side."""
-        entropy = {} if self.entropy is None else {"entropy": self.entropy}
-        return SiteSide(attempt or self.begun(), name, self.identities[name], **entropy)
+        return SiteSide(attempt or self.begun(), name, self.identities[name], entropy=self.entropy)
 
     def total(self, names: Collection[str]) -> list[int]:
         """Return the integer sum of those sites' vectors, modulo the ring."""
-        whole = sum(self.vectors[name].words.astype(object) for name in names)
-        return [int(entry) % 2**self.ring.bits for entry in whole]
+        columns = zip(*(self.vectors[name].words.tolist() for name in names), strict=True)
+        return [sum(column) % 2**self.ring.bits for column in columns]
 
     def run(
         self,

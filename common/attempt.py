@@ -210,20 +210,31 @@ def read_advertisement(attempt: Attempt, place: int, keys: bytes, verify: Verifi
     verify(attempt.keys[place], attempt.advertised(place, public), signature)
 
 
-def read_gathering(attempt: Attempt, message: Peers, verify: Verifier) -> Gathering:
+def read_gathering(attempt: Attempt, message: Peers, verify: Verifier, place: int, own: bytes) -> Gathering:
     """Return the gathering that `message` tells, once each advertisement in it was verified.
 
+    Args:
+        attempt: The attempt.
+        message: What the server sent.
+        verify: Verifies signatures.
+        place: Who reads it.
+        own: What that site advertised itself.
+
     Raises:
-        MessageError: The message belongs to another attempt, or an advertisement is malformed, forged or repeated.
+        MessageError: The message belongs to another attempt, or an advertisement is malformed, forged or repeated, or
+            the reader's own is not among them.
     """
     if message.context != attempt.pre.hex():
         raise MessageError("The advertisements of another attempt arrived.")
     size = _PLACE.size + attempt.public_bytes + SIGNATURE_BYTES
     advertisements = read_records(message.advertisements, size, attempt)
-    for place, keys in advertisements.items():
-        read_advertisement(attempt, place, keys, verify)
+    if advertisements.get(place) != own:
+        raise MessageError("The advertisements of this attempt do not hold the one that this site sent.")
+    for peer, keys in advertisements.items():
+        if peer != place:
+            read_advertisement(attempt, peer, keys, verify)
     gathering = Gathering.of(attempt, message.adapter, advertisements)
-    keys_told = [key for place in gathering.public for key in (gathering.box_key(place), gathering.mask_key(place))]
+    keys_told = [key for peer in gathering.public for key in (gathering.box_key(peer), gathering.mask_key(peer))]
     if len(set(keys_told)) < len(keys_told):
         raise MessageError("Two advertisements of this attempt hold the same key.")
     return gathering

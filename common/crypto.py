@@ -41,6 +41,14 @@ BLOCK_BYTES = 1 << 18
 KEM_SEED_BYTES = 64
 KEM_PUBLIC_BYTES = 1184
 KEM_CIPHERTEXT_BYTES = 1088
+_FIELD = 2**255 - 19  # of X25519
+_LOW_ORDER = {
+    0,
+    1,
+    _FIELD - 1,
+    325606250916557431795983626356110631294008115727848805560023387167927233504,
+    39382357235489614581723060781553021112529911719440698176882885853963445705823,
+}
 CHUNK_BYTES = 1 << 20
 DELIVERY_FORMAT = b"confide-delivery/1\n"
 SEALED_FORMAT = b"confide-sealed/1\n"
@@ -199,6 +207,20 @@ def encapsulate(public: bytes) -> tuple[bytes, bytes]:
         ) from error
     secret, ciphertext = key.encapsulate()
     return ciphertext, secret
+
+
+def check_agreement_key(public: bytes) -> None:
+    """Return if somebody can agree on a secret with `public`, an X25519 public key.
+
+    Raises:
+        MessageError: It is malformed or of low order.
+
+    Source: the list under "How do I validate Curve25519 public keys?" in Bernstein, "A state-of-the-art Diffie-Hellman
+    function"; a test agrees with each.
+    """
+    coordinate = int.from_bytes(_theirs("An X25519 public key", public, PUBLIC_BYTES), "little") % 2**255
+    if coordinate % _FIELD in _LOW_ORDER:
+        raise MessageError(_low_order(public))
 
 
 def derive(secret: bytes, info: bytes, length: int = KEY_BYTES) -> bytes:

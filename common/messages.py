@@ -15,6 +15,7 @@ Instead of any answer a site may send a `Failure`.
 """
 
 import dataclasses
+import functools
 import json
 from typing import Any, ClassVar, Self, TypeVar, get_args
 
@@ -121,7 +122,7 @@ class Shares:
     sealed: bytes
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Start:
     """Server to site: the boxes addressed to it, and the adapter to train from."""
 
@@ -130,9 +131,9 @@ class Start:
     inbox: bytes
     adapter: Floats
 
-    @property
+    @functools.cached_property
     def adapter_digest(self) -> str:
-        """SHA-256 of the adapter's little-endian bytes."""
+        """SHA-256 of the adapter's little-endian bytes; computed once, when it is first asked for."""
         return vector_digest(self.adapter)
 
 

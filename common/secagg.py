@@ -50,6 +50,7 @@ from confide.common.crypto import (
     Keystream,
     Scratch,
     Verifier,
+    check_agreement_key,
     derive,
     encapsulate,
     seal,
@@ -70,7 +71,7 @@ from confide.common.messages import (
     Start,
     Survivors,
 )
-from confide.common.ring import RingSum, RingVector, RingWords
+from confide.common.ring import RingSum, RingVector, RingWords, fresh
 from confide.common.shamir import NO_SHARE, SECRET_BYTES, SHARE_BYTES, Combiner, recover, split
 
 _COMMITMENT_BYTES = 32
@@ -111,7 +112,7 @@ class SiteSide:
         self._due = "advertise"
         self._keys: _Keys | None = _Keys(attempt, entropy)
         self._gathering: Gathering
-        self._ends: dict[int, bool] = {}  # those whose pair mask is in the vector, and whether it is added
+        self._advertised = self._confirmed = b""  # what this site sent and signed
         self._survivors: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
@@ -120,8 +121,8 @@ class SiteSide:
     def advertise(self) -> Advertisement:
         """Return this attempt's public keys, signed."""
         with self._step("advertise", then="share") as keys:
-            signature = self._identity.sign(self._attempt.advertised(self._place, keys.public))
-            return Advertisement(context=self._attempt.pre.hex(), keys=keys.public + signature)
+            self._advertised = keys.public + self._identity.sign(self._attempt.advertised(self._place, keys.public))
+            return Advertisement(context=self._attempt.pre.hex(), keys=self._advertised)
 
     def share(self, message: Peers) -> Shares:
         """Return a sealed box of shares for each neighbour, once every advertisement was verified.
@@ -131,9 +132,8 @@ class SiteSide:
             Refused: Too few sites advertised.
         """
         with self._step("share", then="admit") as keys:
-            gathering = self._gathering = read_gathering(self._attempt, message, self._check)
-            if gathering.public.get(self._place) != keys.public:
-                raise MessageError("The advertisements of this attempt do not hold the one that this site sent.")
+            gathering = read_gathering(self._attempt, message, self._check, self._place, self._advertised)
+            self._gathering = gathering
             self._suffice(len(gathering.public), "advertised", self._attempt.gathered)
             peers = gathering.neighbours[self._place]
             points = [_point(peer) for peer in (*peers, self._place)]
@@ -190,8 +190,8 @@ class SiteSide:
                 for peer in keys.held
                 if peer != place
             ]
-            words = vector.words.copy()
-            apply_masks(words, masks)
+            words = fresh(len(vector.words), vector.words.dtype)
+            apply_masks(vector.words, masks, words)
             return Contribution(
                 context=gathering.ctx.hex(), vector=MaskedVector(words=self._attempt.ring.packed(words))
             )
@@ -215,9 +215,8 @@ class SiteSide:
                 raise Refused("This site is not among the survivors named, so it does not help to open their sum.")
             self._suffice(len(survivors), "are left", self._attempt.floor)
             self._survivors = tuple(sorted(survivors))
-            return Confirmation(
-                context=gathering.ctx.hex(), signature=self._identity.sign(gathering.confirmed(message.sites))
-            )
+            self._confirmed = self._identity.sign(gathering.confirmed(message.sites))
+            return Confirmation(context=gathering.ctx.hex(), signature=self._confirmed)
 
     def open(self, message: Signatures) -> Opening:
         """Return one share for each neighbour and this site, and let go of every key.
@@ -235,7 +234,8 @@ class SiteSide:
             for place, signature in signatures.items():
                 if place not in self._survivors:
                     raise MessageError("A site that is no survivor signed the survivors.")
-                self._check(self._attempt.keys[place], due, signature)
+                if signature != self._confirmed:  # its own needs no check
+                    self._check(self._attempt.keys[place], due, signature)
             shares = (
                 of_seed if peer in self._survivors else of_pair
                 for peer, (of_seed, of_pair) in sorted(keys.held.items())
@@ -262,7 +262,7 @@ class SiteSide:
             raise MessageError("A message of another attempt arrived, or of one with other keys or another adapter.")
 
     def _sealed(self, keys: "_Keys", peer: int, shares: bytes) -> bytes:
-        secret, ciphertext = keys.box.agree(self._gathering.box_key(peer)), b""
+        secret, ciphertext = keys.agreed(self._gathering, peer), b""
         if keys.kem:
             ciphertext, fresh = encapsulate(self._gathering.kem_key(peer))
             secret += fresh
@@ -270,7 +270,7 @@ class SiteSide:
         return ciphertext + seal(key, _nonce(self._place), shares, self._gathering.addressed(self._place, peer))
 
     def _unsealed(self, keys: "_Keys", peer: int, box: bytes) -> bytes:
-        secret, ciphertext = keys.box.agree(self._gathering.box_key(peer)), b""
+        secret, ciphertext = keys.agreed(self._gathering, peer), b""
         if keys.kem:
             ciphertext, box = box[:KEM_CIPHERTEXT_BYTES], box[KEM_CIPHERTEXT_BYTES:]
             secret += keys.kem.decapsulate(ciphertext)
@@ -294,7 +294,6 @@ class ServerSide:
         self._attempt = attempt
         self._adapter = adapter
         self._check = check
-        self._probe = AgreementKey.generate()
         self._public: set[bytes] = set()
         self._advertised: dict[int, bytes] = {}
         self._gathering: Gathering
@@ -317,8 +316,8 @@ class ServerSide:
         box, pair = message.keys[:PUBLIC_BYTES], message.keys[PUBLIC_BYTES : 2 * PUBLIC_BYTES]
         if len({box, pair} - self._public) < 2:
             raise MessageError(f"Site {site} advertised a key that was advertised already.")
-        self._probe.agree(box)  # an unusable key would stop all who share with this site
-        self._probe.agree(pair)
+        check_agreement_key(box)  # one that nobody can agree with would stop all who share with this site
+        check_agreement_key(pair)
         if attempt.hybrid:
             encapsulate(message.keys[2 * PUBLIC_BYTES : attempt.public_bytes])
         self._public |= {box, pair}
@@ -356,8 +355,10 @@ class ServerSide:
         place = self._of(site, self._contributed, message.context, self._gathering.ctx)
         words = self._attempt.ring.unpacked(message.vector.words)
         if self._total is None:
-            self._total = np.zeros_like(words)
-        self._total += words
+            self._total = fresh(len(words), words.dtype)
+            self._total[:] = words
+        else:
+            self._total += words
         self._contributed.add(place)
 
     def survivors(self) -> Survivors:
@@ -375,8 +376,8 @@ class ServerSide:
         self._signatures[place] = message.signature
 
     def signatures(self) -> Signatures:
-        """Return what every site that confirmed is sent last."""
-        signed = sorted(self._signatures.items())
+        """Return what every site that confirmed is sent last: as many signatures as are needed."""
+        signed = sorted(self._signatures.items())[: self._attempt.floor]
         return Signatures(
             context=self._gathering.ctx.hex(),
             signatures=b"".join(places([place]) + signature for place, signature in signed),
@@ -422,7 +423,7 @@ class ServerSide:
                     for peer in ends
                 ]
         self._total = None
-        apply_masks(total, masks)
+        apply_masks(total, masks, total)
         return RingSum(words=total, layout=self._attempt.ring, count=len(self._survivors))
 
     def _secret(self, place: int, accept: Callable[[bytes], bool]) -> bytes:
@@ -452,24 +453,26 @@ class ServerSide:
         return place
 
 
-def apply_masks(words: RingWords, masks: Sequence[Mask]) -> None:
-    """Add the masks to `words` in place, or take them off.
+def apply_masks(words: RingWords, masks: Sequence[Mask], out: RingWords) -> None:
+    """Write `words` with the masks added, or taken off, to `out`.
 
     A mask is the keystream of its key, read as little-endian words. The words are gone through once, a block at a time,
     so that a block stays in the processor's cache while all masks are put on it.
 
     Args:
         words: (n,), uint32 or uint16, contiguous.
-        masks: For each its key, 32 bytes used for this one vector only, and whether it is added.
+        masks: At least one; for each its key, 32 bytes used for this one vector only, and whether it is added.
+        out: (n,), of the same type; may be `words`.
     """
     scratch = Scratch()
     streams = [(Keystream(key), np.add if added else np.subtract) for key, added in masks]
     step = BLOCK_BYTES // words.itemsize
     kind = words.dtype.newbyteorder("<")
     for number, start in enumerate(range(0, len(words), step)):
-        part = words[start : start + step]
+        part, masked = words[start : start + step], out[start : start + step]
         for stream, put in streams:
-            put(part, stream.block(number, scratch).view(kind)[: len(part)], out=part)
+            put(part, stream.block(number, scratch).view(kind)[: len(part)], out=masked)
+            part = masked
 
 
 class _Keys:
@@ -480,11 +483,18 @@ class _Keys:
         self.pair = AgreementKey.generate(entropy)
         self.kem = KemKey.generate(entropy) if attempt.hybrid else None
         self.seed = entropy(SECRET_BYTES)
+        self._agreed: dict[int, bytes] = {}
         self.held: dict[int, tuple[bytes, bytes]] = {}  # by place: shares of its self mask's seed and of its pair key
 
     @property
     def public(self) -> bytes:
         return self.box.public + self.pair.public + (self.kem.public if self.kem else b"")
+
+    def agreed(self, gathering: Gathering, peer: int) -> bytes:
+        """Return what the keys of boxes from and to a peer come from; agreed once for both directions."""
+        if peer not in self._agreed:
+            self._agreed[peer] = self.box.agree(gathering.box_key(peer))
+        return self._agreed[peer]
 
     def __repr__(self) -> str:
         return "<keys of one attempt>"

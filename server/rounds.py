@@ -87,8 +87,20 @@ def run_round(
         begin_attempt: Gives the number of each attempt, never one twice.
     """
     began = time.monotonic()
-    parent = vector_digest(state.adapter)
-    tried = list(_attempts(run, channel, state, number, begin_attempt))
+    task = Task(
+        run=run.name,
+        plan=run.plan,
+        round=number,
+        attempt=0,
+        cohort=tuple(sorted(run.sites)),
+        layout=run.layout.digest,
+        ring=run.ring,
+        adapter=state.adapter,
+        parent=vector_digest(state.adapter),
+        training_s=run.training_s,
+        answer_s=run.answer_s,
+    )
+    tried = list(_attempts(run, channel, task, begin_attempt))
     last = tried[-1]
     update = None if last.total is None else Update.decode(last.total)
     if update is not None:
@@ -97,7 +109,7 @@ def run_round(
     record = RoundRecord(
         round=number,
         attempts=len(tried),
-        parent=parent,
+        parent=task.parent,
         adapter=vector_digest(state.adapter),
         moments={name: vector_digest(moment) for name, moment in state.moments.items()},
         present=last.present,
@@ -113,35 +125,20 @@ def run_round(
     return state, record
 
 
-def _attempts(
-    run: Run, channel: Channel, state: ServerState, number: int, begin_attempt: Callable[[], int]
-) -> Iterator[Collected]:
+def _attempts(run: Run, channel: Channel, task: Task, begin_attempt: Callable[[], int]) -> Iterator[Collected]:
     """Try to sum the round until it succeeds or must not be tried again.
 
     Sites mask the same vectors in every attempt. The second asks those who did not answer once more, for a site may have
     been started anew; the third goes on without them.
     """
-    cohort = tuple(sorted(run.sites))
+    cohort = task.cohort
     for tried in range(1, MOST_ATTEMPTS + 1):
-        task = Task(
-            run=run.name,
-            plan=run.plan,
-            round=number,
-            attempt=begin_attempt(),
-            cohort=cohort,
-            layout=run.layout.digest,
-            ring=run.ring,
-            adapter=state.adapter,
-            training_s=run.training_s,
-            answer_s=run.answer_s,
-        )
-        collected = run.summation.collect(channel, task)
+        collected = run.summation.collect(channel, dataclasses.replace(task, attempt=begin_attempt(), cohort=cohort))
         yield collected
-        again = tuple(
+        cohort = tuple(
             site
             for site in cohort
             if site not in collected.missing or (tried == 1 and collected.missing[site].endswith(SILENT))
         )
-        if collected.total is not None or not collected.repeatable or len(again) < run.plan.federation.min_sites:
+        if collected.total is not None or not collected.repeatable or len(cohort) < run.plan.federation.min_sites:
             return
-        cohort = again

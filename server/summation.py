@@ -24,7 +24,6 @@ from confide.common.messages import (
     expect,
     open_envelope,
     seal,
-    vector_digest,
 )
 from confide.common.plan import Plan
 from confide.common.ring import RingLayout, RingSum, check_sum
@@ -61,6 +60,7 @@ class Task:
         layout: The digest of the adapter's layout.
         ring: The ring's layout.
         adapter: Where the round starts from.
+        parent: Its digest.
         training_s: How long sites may take to train.
         answer_s: How long they may take over any other exchange.
     """
@@ -73,6 +73,7 @@ class Task:
     layout: str
     ring: RingLayout
     adapter: Floats
+    parent: str
     training_s: float
     answer_s: float
 
@@ -142,7 +143,7 @@ class SecureSummation:
         """Return what one attempt at the sum gave; it needs five exchanges and a quorum in each."""
         attempt = self._attempt(task)
         offer = dataclasses.replace(attempt.offer, signature=self.coordinator.sign(attempt.offered))
-        side = ServerSide(attempt, vector_digest(task.adapter), self._check)
+        side = ServerSide(attempt, task.parent, self._check)
         talk = Conversation(channel, task.cohort, least=attempt.floor)
         total, void = None, ""
         try:

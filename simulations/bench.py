@@ -1,7 +1,7 @@
 """The frame of all benchmarks: named figures, each a median over runs, a ratio where there is a peer.
 
 `federation` measures everything about a round but training: training is replaced by a constant update, while agents,
-messages, ring, sum, server step and store are the real ones.
+messages, ring, sum, server step and store are the real ones. `secagg` has a file of its own.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,41 +31,13 @@ from confide.server.store import Store
 from confide.simulations.enrolment import Sums
 from confide.simulations.federation import run_in_process
 from confide.simulations.insecure import InsecureSeededNoise
+from confide.simulations.measurement import Figure, Note
 from confide.simulations.scenarios import demo_model, scenario
 
 FORMAT = "confide-bench/1"
 PARAMETERS = 300_000
 SITES = 10
 RUNS = 3
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """One measured number.
-
-    Attributes:
-        value: The median.
-        unit: `s`, `x` for a ratio, and so on.
-        peer: What it is compared with; empty for a figure of our own.
-        runs: How many runs the median is over.
-        spread: The lowest and the highest of them.
-    """
-
-    value: float
-    unit: str
-    peer: str
-    runs: int
-    spread: tuple[float, float]
-
-    @classmethod
-    def of(cls, values: Sequence[float], unit: str, peer: str = "") -> "Figure":
-        """Return the figure of these runs."""
-        return cls(
-            value=statistics.median(values), unit=unit, peer=peer, runs=len(values), spread=(min(values), max(values))
-        )
-
-
-Note = Callable[[str], None]
 
 
 def bench(name: str, note: Note) -> dict[str, Any]:
@@ -114,7 +86,14 @@ def federation(note: Note) -> Mapping[str, Figure]:
     }
 
 
-BENCHES: dict[str, Callable[[Note], Mapping[str, Figure]]] = {"federation": federation}
+def secagg(note: Note) -> Mapping[str, Figure]:
+    """Return what secure aggregation costs a site and the server, beside Flower's SecAgg+ and CKKS."""
+    from confide.simulations.secagg_bench import measure_alone
+
+    return measure_alone(note)
+
+
+BENCHES: dict[str, Callable[[Note], Mapping[str, Figure]]] = {"federation": federation, "secagg": secagg}
 
 
 class ConstantTrainer:

@@ -182,7 +182,7 @@ def repeat(
 
 @app.command(epilog="Example: confide simulate bench federation --json")
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark: federation.", metavar="NAME")],
+    name: Annotated[str, typer.Argument(help="Which benchmark: federation or secagg.", metavar="NAME")],
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory, beside a peer where there is one."""

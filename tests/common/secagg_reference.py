@@ -197,7 +197,7 @@ def played(name: str, sites: int, bits: int, lost: Sequence[int] = (), agreement
 
     context = ctx.hex()
     start = {u: b"".join(u16(v) + box[v, u] for v in joined[u]) for u in survivors}
-    signed = b"".join(u16(u) + confirmed[u] for u in survivors)
+    signed = b"".join(u16(u) + confirmed[u] for u in survivors[:floor])
     raw_adapter = adapter.hex()
     return {
         "sites": sites,

@@ -30,6 +30,7 @@ from confide.common.crypto import (
     KemKey,
     Keystream,
     Scratch,
+    check_agreement_key,
     deliver,
     derive,
     encapsulate,
@@ -110,6 +111,7 @@ def test_agreements_are_those_of_rfc_7748(vector: dict[str, str]) -> None:
 def test_both_sides_agree_and_a_key_comes_back_from_its_secret(one: bytes, two: bytes) -> None:
     left, right = AgreementKey(one), AgreementKey(two)
 
+    check_agreement_key(left.public)
     agreed = left.agree(right.public)
 
     assert agreed == right.agree(left.public)
@@ -124,6 +126,8 @@ def test_a_point_of_low_order_is_refused(point: str, top_bit: int) -> None:
 
     with pytest.raises(MessageError, match="low order"):
         BOB.agree(bytes(public))
+    with pytest.raises(MessageError, match="low order"):
+        check_agreement_key(bytes(public))
     with pytest.raises(MessageError, match="low order"):
         deliver(b"", bytes(public), b"", ALICE)
 

@@ -154,9 +154,9 @@ def test_keystreams_are_added_and_taken_off_wherever_blocks_end() -> None:
             words: RingWords = np.arange(size).astype(dtype)
             before = words.copy()
 
-            apply_masks(words, [(b"k" * 32, True), (b"l" * 32, False)])
+            apply_masks(words, [(b"k" * 32, True), (b"l" * 32, False)], words)
             changed = int(np.count_nonzero(words != before))
-            apply_masks(words, [(b"l" * 32, True), (b"k" * 32, False)])
+            apply_masks(words, [(b"l" * 32, True), (b"k" * 32, False)], words)
 
             assert words.tolist() == before.tolist()
             assert changed > 0.99 * size - 1

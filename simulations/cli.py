@@ -194,14 +194,18 @@ def bench(
         _print_json(result)
         return
     table = Table(title=f"bench {name}, {result['seconds']:.0f} s", title_justify="left", box=None, pad_edge=False)
-    for heading in ("", "median", "lowest", "highest", "runs", "beside"):
-        table.add_column(heading, justify="left" if heading in {"", "beside"} else "right")
+    for heading in ("", "median", "", "lowest", "highest", "runs"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     figures: dict[str, Any] = result["figures"]
+    peers = list(dict.fromkeys(figure["peer"] for figure in figures.values() if figure["peer"]))
     for key, figure in figures.items():
-        low, high = figure["spread"]
-        shown = (f"{value:.4g} {figure['unit']}" for value in (figure["value"], low, high))
-        table.add_row(key, *shown, str(figure["runs"]), figure["peer"])
-    Console().print(table)
+        median, low, high = (f"{value:.4g}" for value in (figure["value"], *figure["spread"]))
+        mark = f" [{peers.index(figure['peer']) + 1}]" if figure["peer"] else ""
+        table.add_row(key + mark, median, figure["unit"], low, high, str(figure["runs"]))
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    for number, peer in enumerate(peers, start=1):
+        console.print(f"[{number}] beside {peer}")
 
 
 def _directory(name: str) -> Path:

@@ -234,7 +234,7 @@ class SiteSide:
             for place, signature in signatures.items():
                 if place not in self._survivors:
                     raise MessageError("A site that is no survivor signed the survivors.")
-                if signature != self._confirmed:  # its own needs no check
+                if (place, signature) != (self._place, self._confirmed):  # its own needs no check
                     self._check(self._attempt.keys[place], due, signature)
             shares = (
                 of_seed if peer in self._survivors else of_pair
@@ -264,8 +264,8 @@ class SiteSide:
     def _sealed(self, keys: "_Keys", peer: int, shares: bytes) -> bytes:
         secret, ciphertext = keys.agreed(self._gathering, peer), b""
         if keys.kem:
-            ciphertext, fresh = encapsulate(self._gathering.kem_key(peer))
-            secret += fresh
+            ciphertext, encapsulated = encapsulate(self._gathering.kem_key(peer))
+            secret += encapsulated
         key = derive(secret, self._gathering.box(self._place, peer) + ciphertext)
         return ciphertext + seal(key, _nonce(self._place), shares, self._gathering.addressed(self._place, peer))
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
+from confide.common.attempt import places
 from confide.common.errors import MessageError, Refused
 from confide.common.graph import connections
-from confide.common.messages import Contribution, seal, vector_digest
+from confide.common.messages import Contribution, Signatures, Survivors, seal, vector_digest
 from confide.common.plan import Federation
 from confide.common.ring import RingLayout, RingWords
 from confide.common.secagg import ServerSide, apply_masks
@@ -186,6 +187,27 @@ def test_a_failed_step_ends_the_attempt_and_lets_go_of_the_keys() -> None:
 
     with pytest.raises(Refused, match="nothing more is due"):
         site.share(server.peers())
+
+
+def test_a_sites_own_signature_counts_for_nobody_else() -> None:
+    cohort = Cohort(count=4, ring=ring())
+    attempt = cohort.begun()
+    server = ServerSide(attempt, vector_digest(ADAPTER))
+    sites = {name: cohort.site(name, attempt) for name in cohort.names}
+    for name, site in sites.items():
+        server.advertised(name, site.advertise())
+    peers = server.peers()
+    for name, site in sites.items():
+        server.shared(name, site.share(peers))
+    victim, name = sites[cohort.names[0]], cohort.names[0]
+    victim.admit(server.start(name, ADAPTER))
+    victim.mask(cohort.vectors[name])
+    confirmed = victim.confirm(Survivors(context=server.start(name, ADAPTER).context, sites=places(range(3))))
+
+    copied = b"".join(places([place]) + confirmed.signature for place in range(3))
+
+    with pytest.raises(MessageError, match="signature"):
+        victim.open(Signatures(context=confirmed.context, signatures=copied))
 
 
 def test_no_secret_shows_in_what_is_printed() -> None:

@@ -20,8 +20,9 @@ from confide.common.crypto import (
     SEAL_BYTES,
     SIGNATURE_BYTES,
     Verifier,
+    check_agreement_key,
 )
-from confide.common.errors import MessageError
+from confide.common.errors import MessageError, Refused
 from confide.common.graph import Connections, connections, neighbourhoods
 from confide.common.messages import Offer, Peers
 from confide.common.plan import Federation
@@ -44,9 +45,9 @@ class Attempt:
         offer: The offer.
         keys: Each site's Ed25519 public key, in the order of the cohort.
         ring: The ring's layout.
-        floor: How many sites must advertise, survive and sign: the quorum, and not fewer than the plan's min_sites.
+        floor: How many sites must survive and sign who did: the quorum, and not fewer than the plan's min_sites.
         hybrid: Whether boxes are sealed with X25519 and ML-KEM-768 together, or with X25519 alone.
-        connections: Who shares with whom, and how many must agree.
+        connections: Who shares with whom, and how many must agree, of all sites on the roster.
         pre: SHA-256 over all of it.
     """
 
@@ -68,16 +69,25 @@ class Attempt:
             ring: The ring's layout.
             terms: The plan's `[federation]`.
 
+        How many must agree follows from the roster and not from the cohort, which the server chooses: otherwise it could
+        choose a few sites and helpers of its own, or open two sums of one round over two parts of the sites.
+
         Raises:
             MessageError: The cohort is unsorted, repeats a site or names one that is not on the roster, or roster or
                 ring are others than the offer's.
+            Refused: The cohort is too small a part of the roster.
         """
         if offer.roster != roster.digest or offer.ring != ring.digest:
             raise MessageError(f"The offer of round {offer.round} names another roster or ring than this side's.")
         if list(offer.cohort) != sorted(set(offer.cohort)) or not set(offer.cohort) <= roster.sites.keys():
             raise MessageError(f"The offer of round {offer.round} names a cohort that is no sorted part of the roster.")
-        among = connections(len(offer.cohort))
+        among = connections(len(roster.sites))
         floor = max(among.quorum, terms.min_sites, LEAST_SITES)
+        if len(offer.cohort) < max(floor, among.gathered):
+            raise Refused(
+                f"Round {offer.round} is offered to {len(offer.cohort)} of the {among.sites} sites on the roster; at least "
+                f"{max(floor, among.gathered)} must be asked."
+            )
         parameters = {"floor": floor, "key_agreement": terms.key_agreement, **dataclasses.asdict(among)}
         spelled = canonical_bytes({"format": PROTOCOL, "offer": offer.terms, "parameters": parameters})
         return cls(
@@ -207,6 +217,8 @@ def read_advertisement(attempt: Attempt, place: int, keys: bytes, verify: Verifi
         due = attempt.public_bytes + SIGNATURE_BYTES
         raise MessageError(f"Site {attempt.offer.cohort[place]} advertised {len(keys)} bytes of keys; {due} are due.")
     public, signature = keys[: attempt.public_bytes], keys[attempt.public_bytes :]
+    for start in (0, PUBLIC_BYTES):
+        check_agreement_key(public[start : start + PUBLIC_BYTES])
     verify(attempt.keys[place], attempt.advertised(place, public), signature)
 
 

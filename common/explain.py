@@ -63,21 +63,21 @@ def _leaves(plan: Plan) -> list[str]:
         "Rows, texts, labels, counts, losses and gradients never leave a site.",
         "In each round a site sends one vector: the change of the trained numbers, computed from clipped and noised "
         f"gradients, written as {bits}-bit integers. It sends {bits // 8} bytes per trained number.",
-        "The vector is masked: the server learns the sum of at least ⌊2n/3⌋ + 1 sites of a cohort of n, and of at least "
-        f"{federation.min_sites}; of one site it learns nothing but what the sum shows. Masks hold while fewer than a third "
-        "of the cohort work together with the server; those can take their own parts out of the sum.",
+        "The vector is masked: the server learns the sum of at least ⌊2n/3⌋ + 1 of the n sites on the roster, and of at "
+        f"least {federation.min_sites}; of one site it learns nothing but what the sum shows. Masks hold while fewer than a third "
+        "of the roster work together with the server; those can take their own parts out of the sum.",
     ]
     if federation.graph == SEMI_HONEST and federation.max_sites > COMPLETE_UP_TO:
         among = connections(federation.max_sites)
         sentences.append(
-            f"In a cohort of more than {COMPLETE_UP_TO} sites each shares keys with some others only, in one of "
+            f"With more than {COMPLETE_UP_TO} sites on the roster each shares keys with some others only, in one of "
             f"{among.sites} with {among.neighbours}. Then masks hold against an honest-but-curious server only, which "
             f"follows the protocol and looks on, together with at most {float(CORRUPT):.0%} of the sites. A server that lies "
             "may learn a single site's update, noised as it is. A site must allow this in its own policy."
         )
     elif federation.graph == SEMI_HONEST:
         sentences.append(
-            f"The plan allows {SEMI_HONEST}, which is used in cohorts of more than {COMPLETE_UP_TO} sites only; here it "
+            f"The plan allows {SEMI_HONEST}, which is used with rosters of more than {COMPLETE_UP_TO} sites only; here it "
             "has no effect."
         )
     if federation.key_agreement == "x25519":
@@ -159,10 +159,10 @@ def _cohort(plan: Plan) -> list[str]:
     least = federation.min_sites
     return [
         f"{least} to {federation.max_sites} sites, each with at least {plan.privacy.min_persons} persons.",
-        f"A round's sum is opened only if at least ⌊2n/3⌋ + 1 of its cohort of n, and at least {least} sites, see the round "
-        f"through: {_dropouts(plan)}.",
-        f"If more drop out before the sum is opened, those left may try again among themselves while they are at least "
-        f"{least}. Otherwise the round is void: the adapter stays as it was, and the round still counts.",
+        f"A round's sum is opened only if at least ⌊2n/3⌋ + 1 of the n sites on the roster, and at least {least}, see the "
+        f"round through: {_dropouts(plan)}.",
+        "If more drop out, they are asked once more, for the same vectors, unless the sites were asked to open the sum "
+        "already. After that the round is void: the adapter stays as it was, and the round still counts.",
     ]
 
 
@@ -181,7 +181,7 @@ def _dropouts(plan: Plan) -> str:
         f"{start}{f' to {end}' if end else ''} survives {dropouts or 'no'} dropout{'' if dropouts == 1 else 's'}"
         for start, end, dropouts in told
     )
-    return "; ".join([f"a cohort of {first}", *(f"one of {group}" for group in more)])
+    return "; ".join([f"a roster of {first}", *(f"one of {group}" for group in more)])
 
 
 def _epsilon(value: float) -> str:

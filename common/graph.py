@@ -65,8 +65,9 @@ def connections(sites: int) -> Connections:
     They are computed in exact fractions.
 
     - Privacy: except with probability 2^-40, no site has t or more corrupt neighbours (a hypergeometric tail, summed
-      over n sites, on the smallest circle there is: of those who did not drop out), and the honest survivors stay connected (to part the circle, k/2 sites in a row must be corrupt or
-      dropped: at each of n places this has probability at most (1/10 + 1/10)^(k/2)).
+      over n sites, on the smallest circle there is: of those who did not drop out), and the honest survivors stay
+      connected (to part the circle, k/2 sites in a row must be corrupt or dropped: at each of n places this has
+      probability at most (1/10 + 1/10)^(k/2)).
     - Correctness: except with probability 2^-30, each site has t neighbours that survive. Its own share is not counted,
       because a site that dropped out does not send it.
 

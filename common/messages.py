@@ -17,6 +17,7 @@ Instead of any answer a site may send a `Failure`.
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import numpy as np
@@ -269,7 +270,10 @@ def open_envelope(envelope: Envelope) -> Message:
         raise MessageError(f"A {message.kind} arrived with raw bytes where none are due, or without those that are.")
     if envelope.vector is not None and not _VECTORS & set(due.values()):
         raise MessageError(f"A vector came with a {message.kind}, which has none.")
-    return message(**{name: _plain(fields[name], due[name], message.kind, name) for name in due})
+    opened = message(**{name: _plain(fields[name], due[name], message.kind, name) for name in due})
+    if isinstance(opened, Failure):
+        _check_known(opened)
+    return opened
 
 
 def kind_of(envelope: Envelope) -> str:
@@ -327,6 +331,19 @@ def _plain(value: Any, form: object, kind: str, name: str) -> Any:  # noqa: ANN4
             raise MessageError(f"A {kind} arrived whose {name} is not a list of at most {_MOST_NAMES} names.")
         return tuple(value)
     return value
+
+
+def _check_known(failure: Failure) -> None:
+    """Refuse a failure that says anything else than a class of ours and its sentence: it is shown and recorded."""
+    if {kind.__name__: kind.outside for kind in _errors(ConfideError)}.get(failure.error) != failure.sentence:
+        raise MessageError("A failure arrived whose class and sentence are not known. Use equal versions.")
+
+
+def _errors(kind: type[ConfideError]) -> Iterator[type[ConfideError]]:
+    """Yield a class of error and all below it."""
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _errors(below)
 
 
 def _is_text(value: object) -> bool:

@@ -50,7 +50,6 @@ from confide.common.crypto import (
     Keystream,
     Scratch,
     Verifier,
-    check_agreement_key,
     derive,
     encapsulate,
     seal,
@@ -254,8 +253,8 @@ class SiteSide:
 
     def _suffice(self, count: int, did: str, least: int) -> None:
         if count < least:
-            cohort = len(self._attempt.keys)
-            raise Refused(f"Only {count} of a cohort of {cohort} sites {did}; {least} are needed.")
+            sites = self._attempt.connections.sites
+            raise Refused(f"Only {count} of the {sites} sites on the roster {did}; {least} are needed.")
 
     def _same(self, context: str) -> None:
         if context != self._gathering.ctx.hex():
@@ -316,9 +315,7 @@ class ServerSide:
         box, pair = message.keys[:PUBLIC_BYTES], message.keys[PUBLIC_BYTES : 2 * PUBLIC_BYTES]
         if len({box, pair} - self._public) < 2:
             raise MessageError(f"Site {site} advertised a key that was advertised already.")
-        check_agreement_key(box)  # one that nobody can agree with would stop all who share with this site
-        check_agreement_key(pair)
-        if attempt.hybrid:
+        if attempt.hybrid:  # a key that nobody can use would stop all who share with this site
             encapsulate(message.keys[2 * PUBLIC_BYTES : attempt.public_bytes])
         self._public |= {box, pair}
         self._advertised[place] = message.keys

@@ -16,9 +16,9 @@ from confide.common.plan import Plan
 from confide.common.ring import RingLayout, Update
 from confide.server.aggregate import ServerState, step
 from confide.server.store import RoundRecord, Store
-from confide.server.summation import SILENT, Channel, Collected, Summation, Task
+from confide.server.summation import Channel, Collected, Summation, Task
 
-MOST_ATTEMPTS = 3
+MOST_ATTEMPTS = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,19 +126,10 @@ def run_round(
 
 
 def _attempts(run: Run, channel: Channel, task: Task, begin_attempt: Callable[[], int]) -> Iterator[Collected]:
-    """Try to sum the round until it succeeds or must not be tried again.
-
-    Sites mask the same vectors in every attempt. The second asks those who did not answer once more, for a site may have
-    been started anew; the third goes on without them.
-    """
-    cohort = task.cohort
-    for tried in range(1, MOST_ATTEMPTS + 1):
-        collected = run.summation.collect(channel, dataclasses.replace(task, attempt=begin_attempt(), cohort=cohort))
+    """Try to sum the round, and once more if it failed before it was opened; sites mask the same vectors again."""
+    for _ in range(MOST_ATTEMPTS):
+        collected = run.summation.collect(channel, dataclasses.replace(task, attempt=begin_attempt()))
         yield collected
-        cohort = tuple(
-            site
-            for site in cohort
-            if site not in collected.missing or (tried == 1 and collected.missing[site].endswith(SILENT))
-        )
-        if collected.total is not None or not collected.repeatable or len(cohort) < run.plan.federation.min_sites:
+        if not collected.again:
             return
+        task = dataclasses.replace(task, cohort=collected.again)

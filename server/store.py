@@ -1,10 +1,10 @@
 """A run on disk: adapters by their digest, one record per round, and from them the way back after a stop.
 
-    RUN/plan.toml                 the plan as it was given
-    RUN/adapters/HEX.safetensors  each version of the adapter, named by its digest
-    RUN/moments/0007.safetensors  the server optimizer's memory after the last round, if it has any
-    RUN/rounds/0007.json          one record per round; a round counts once its record is here
-    RUN/attempts.json             the attempt that was begun last; a server that is started anew never repeats its number
+    RUN/plan.toml                      the plan as it was given
+    RUN/adapters/HEX.safetensors       each version of the adapter, named by its digest
+    RUN/moments/0007-NAME.safetensors  the server optimizer's memory after the last round, if it has any
+    RUN/rounds/0007.json               one record per round; a round counts once its record is here
+    RUN/attempts.json                  the attempt begun last; a server started anew never repeats its number
 
 Every file is written whole or not at all, the record last.
 """
@@ -39,10 +39,10 @@ class RoundRecord:
             `no answer`. A site lost after `contribute` is in the sum and is named here as well.
         void: Why there is no sum; empty if there is one.
         summation: How the sum came about, such as `secure_aggregation` or `insecure_plain_sum`.
-        bounded: The share of sites whose update was longer than the ring encodes and was scaled down.
+        bounded: The share of sites whose update was longer than the ring encodes and was scaled down, or cut.
         saturated: The share of entries that were cut, over all sites; 16-bit rings only.
-        bytes_up: Bytes each present site sent.
-        bytes_down: Bytes each site was sent.
+        bytes_up: Bytes that the site which sent most sent, over all attempts.
+        bytes_down: Bytes that the site which was sent most was sent, over all attempts.
         seconds: How long the round took.
     """
 

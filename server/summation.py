@@ -102,7 +102,7 @@ class Collected:
         present: The sites in the sum, sorted.
         missing: Where and why sites were lost, as `exchange: reason`; who is lost after `contribute` is in the sum.
         void: Why there is no sum; empty if there is one.
-        repeatable: Whether another attempt at the round may be made: only while no site was asked to open the sum.
+        again: The sites to ask in another attempt at the round; none if it was opened, or if no other can succeed.
         bytes_up: Bytes that the site which sent most sent.
         bytes_down: Bytes that the site which was sent most was sent.
     """
@@ -112,7 +112,7 @@ class Collected:
     present: tuple[str, ...]
     missing: Mapping[str, str]
     void: str
-    repeatable: bool
+    again: tuple[str, ...]
     bytes_up: int
     bytes_down: int
 
@@ -144,7 +144,7 @@ class SecureSummation:
         attempt = self._attempt(task)
         offer = dataclasses.replace(attempt.offer, signature=self.coordinator.sign(attempt.offered))
         side = ServerSide(attempt, task.parent, self._check)
-        talk = Conversation(channel, task.cohort, least=attempt.floor)
+        talk = Conversation(channel, task.cohort, attempt.floor)
         total, void = None, ""
         try:
             talk.ask("advertise", lambda _: offer, Advertisement, side.advertised, task.answer_s, attempt.gathered)
@@ -166,7 +166,7 @@ class SecureSummation:
             total=total,
             present=present,
             void=void,
-            repeatable=talk.exchange != "open",
+            again=() if talk.exchange == "open" else talk.willing(attempt.gathered),
             missing=talk.missing | dict.fromkeys(side.suspects, "open: wrong shares"),
             bytes_up=talk.bytes_up,
             bytes_down=talk.bytes_down,
@@ -193,13 +193,21 @@ class Conversation:
 
     def __init__(self, channel: Channel, cohort: Sequence[str], least: int) -> None:
         self._channel = channel
-        self._cohort = len(cohort)
+        self._cohort = tuple(cohort)
         self._least = least
         self._up = dict.fromkeys(cohort, 0)
         self._down = dict.fromkeys(cohort, 0)
         self.present = tuple(cohort)
         self.missing: dict[str, str] = {}
         self.exchange = ""
+
+    def willing(self, least: int) -> tuple[str, ...]:
+        """Return the sites that answered well or not at all, for another attempt; none if they are fewer than `least`.
+
+        Who did not answer may have been started anew meanwhile. Who refused, or sent what does not fit, is not asked again.
+        """
+        some = tuple(site for site in self._cohort if self.missing.get(site, SILENT).endswith(SILENT))
+        return some if len(some) >= least else ()
 
     @property
     def bytes_up(self) -> int:
@@ -254,7 +262,8 @@ class Conversation:
         needed = max(self._least, least)
         if len(self.present) < needed:
             raise MessageError(
-                f"After `{exchange}` {len(self.present)} of a cohort of {self._cohort} sites were left; {needed} are needed."
+                f"After `{exchange}` {len(self.present)} of a cohort of {len(self._cohort)} sites were left; {needed} are "
+                "needed."
             )
 
 

@@ -31,12 +31,12 @@ class Enrolment:
     identities: Mapping[str, Identity]
 
     @classmethod
-    def of(cls, federation: str, sites: Sequence[str]) -> Self:
+    def of(cls, sites: Sequence[str]) -> Self:
         """Return the enrolment of these sites, with fresh keys."""
         admin, coordinator = Identity.generate(), Identity.generate()
         identities = {site: Identity.generate() for site in sites}
         roster = Roster(
-            federation=federation,
+            federation="simulation",
             epoch=1,
             coordinator=coordinator.public,
             sites={site: identity.public for site, identity in identities.items()},
@@ -79,7 +79,7 @@ class Sums:
             plain = InsecurePlainSum()
             return cls(summation=plain, protections=dict.fromkeys(sites, plain))
         check_choices(summation=name)
-        enrolment = Enrolment.of(plan.name, sites)
+        enrolment = Enrolment.of(sites)
         return cls(
             summation=SecureSummation(enrolment.roster, enrolment.coordinator),
             protections={site: enrolment.member(site, plan, ring) for site in sites},

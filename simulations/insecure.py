@@ -77,7 +77,7 @@ class InsecurePlainSum:
             present=() if total is None else talk.present,
             missing=talk.missing,
             void=void,
-            repeatable=False,
+            again=(),
             bytes_up=talk.bytes_up,
             bytes_down=talk.bytes_down,
         )

@@ -287,7 +287,7 @@ class Cohort:
 
     def __init__(self, sites: int, ring: RingLayout, check: Verifier = verify) -> None:
         names = tuple(f"site-{number:04}" for number in range(sites))
-        enrolment = Enrolment.of("bench", names)
+        enrolment = Enrolment.of(names)
         plan = load_plan(scenario("messages").plan)
         federation = dataclasses.replace(plan.federation, max_sites=1000, graph=SEMI_HONEST)
         plan = dataclasses.replace(plan, federation=federation)

@@ -28,7 +28,7 @@ def test_show_names_claims_and_what_weakened_them(trained: Path, capsys: pytest.
 
     told = capsys.readouterr().out
     assert "clinic-0: epsilon 7.9" in told or "clinic-0: epsilon 8.0" in told
-    assert "weakened by insecure_plain_sum" in told
+    assert "weakened by insecure_seeded_noise" in told
 
 
 def test_evaluate_scores_a_table(

@@ -118,7 +118,7 @@ def test_explain_says_what_is_promised_and_what_leaves(plan_file: Path, capsys: 
     for fragment in (
         "Each row of a site is protected with epsilon = ",
         "Rows, texts, labels, counts, losses and gradients never leave a site.",
-        "a cohort of 3 survives no dropouts; one of 4 to 6 survives 1 dropout",
+        "a roster of 3 survives no dropouts; one of 4 to 6 survives 1 dropout",
         "only single rows are protected",
         "drawn with probability 0.5",
     ):

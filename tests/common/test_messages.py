@@ -92,7 +92,7 @@ MESSAGES = strategies.one_of(
     strategies.builds(Confirmation, context=TEXTS, signature=RAW),
     strategies.builds(Signatures, context=TEXTS, signatures=RAW),
     strategies.builds(Opening, context=TEXTS, shares=RAW),
-    strategies.builds(Failure, error=TEXTS, sentence=TEXTS),
+    strategies.sampled_from([Failure.of(error) for error in (Refused(), DataError(), ConfideError(), OSError())]),
 )
 
 
@@ -195,12 +195,12 @@ MALFORMED_BODIES = {
     "a key twice": seal(FAILURE).body.replace(b'{"error":"Refused"', b'{"error":"Refused","error":"Refused"'),
     "another key twice": seal(FAILURE).body.replace(b'{"error":"Refused"', b'{"error":"Other","error":"Refused"'),
     "another spelling of a letter": seal(FAILURE).body.replace(b"Refused", b"Re\\u0066used"),
-    "unescaped letters": changed(FAILURE, error="é").replace(b"\\u00e9", "é".encode()),
+    "unescaped letters": changed(OFFER, run="é").replace(b"\\u00e9", "é".encode()),
     "not a number": seal(OFFER).body.replace(b'"round":1', b'"round":NaN'),
     "infinity": seal(OFFER).body.replace(b'"round":1', b'"round":Infinity'),
     "a number of 5000 digits": seal(OFFER).body.replace(b'"round":1', b'"round":' + b"1" * 5000),
     "nested deeply": b"[" * 100_000,
-    "nested deeply in a field": changed(FAILURE, error="?").replace(b'"?"', b"[" * 50_000 + b"]" * 50_000),
+    "nested deeply in a field": changed(OFFER, run="?").replace(b'"?"', b"[" * 50_000 + b"]" * 50_000),
     "nested deeply as the kind": changed(FAILURE, kind="?").replace(b'"?"', b"[" * 50_000 + b"]" * 50_000),
     "too large": changed(FAILURE, sentence="a" * LARGEST_BODY_BYTES),
     "no format": changed(FAILURE, format=None),
@@ -212,14 +212,21 @@ MALFORMED_BODIES = {
     "kind a list": changed(FAILURE, kind=["failure"]),
     "a field missing": changed(FAILURE, sentence=None),
     "a field too many": changed(FAILURE, path="/data"),
-    "a number for a text": changed(FAILURE, error=1),
-    "a bool for a text": changed(FAILURE, error=True),
-    "a list for a text": changed(FAILURE, error=["Refused"]),
-    "a text too long": changed(FAILURE, sentence="a" * 201),
-    "a text with a terminal's escape": changed(FAILURE, sentence="\x1b[2J"),
-    "a text with a line break": changed(FAILURE, sentence="a\nb"),
-    "a text with an unpaired surrogate": changed(FAILURE, sentence="\ud800"),
-    "a text with a right-to-left override": changed(FAILURE, sentence="\u202egnp"),
+    "a number for a text": changed(OFFER, run=1),
+    "a bool for a text": changed(OFFER, run=True),
+    "a list for a text": changed(OFFER, run=["demo"]),
+    "a text too long": changed(OFFER, run="a" * 201),
+    "a text with a terminal's escape": changed(OFFER, run="\x1b[2J"),
+    "a text with a line break": changed(OFFER, run="a\nb"),
+    "a text with an unpaired surrogate": changed(OFFER, run="\ud800"),
+    "a text with a right-to-left override": changed(OFFER, run="\u202egnp"),
+    "a failure of an unknown class": changed(FAILURE, error="OSError"),
+    "a failure of no class": changed(FAILURE, error=""),
+    "a failure of another module's class": changed(FAILURE, error="confide.common.errors.Refused"),
+    "a failure with another class's sentence": changed(FAILURE, error="DataError"),
+    "a failure with a sentence of its own": changed(FAILURE, sentence="The site refused, as 4711 was in it."),
+    "a failure with a number for a class": changed(FAILURE, error=1),
+    "a failure with a list for a sentence": changed(FAILURE, sentence=["The site refused."]),
 }
 
 
@@ -287,7 +294,7 @@ def test_a_message_whose_vector_or_raw_bytes_are_elsewhere_than_due_is_refused(b
 def test_nesting_of_every_depth_is_refused_as_a_malformed_message() -> None:
     for depth in range(1, 1200):
         nested = b"[" * depth + b"]" * depth
-        for body in (changed(FAILURE, error="?"), changed(FAILURE, kind="?")):
+        for body in (changed(OFFER, run="?"), changed(FAILURE, kind="?")):
             with pytest.raises(MessageError):
                 open_envelope(Envelope(body=body.replace(b'"?"', nested)))
 
@@ -381,6 +388,14 @@ def test_a_failure_holds_a_class_and_a_fixed_sentence_and_never_the_text_of_the_
     for word in ("4711", "patient", "data/", "rows.csv"):
         assert word not in repr(failure)
         assert word.encode() not in seal(failure).body
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"), [("OSError", ""), ("Refused", "It refused."), ("DataError", "The site refused.")]
+)
+def test_a_failure_cannot_be_made_with_words_of_its_own(error: str, sentence: str) -> None:
+    with pytest.raises(MessageError, match="class and sentence are not known"):
+        Failure(error=error, sentence=sentence)
 
 
 def test_every_error_of_the_tree_can_leave_a_site_as_a_failure() -> None:

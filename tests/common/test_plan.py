@@ -439,7 +439,7 @@ EXPLAINED: dict[str, tuple[Edit, str, str]] = {
     "masked": (
         put("min_sites", "4"),
         "What leaves a site",
-        "the server learns the sum of at least ⌊2n/3⌋ + 1 sites of a cohort of n, and of at least 4;",
+        "the server learns the sum of at least ⌊2n/3⌋ + 1 of the n sites on the roster, and of at least 4;",
     ),
     "one kind of key": (put("key_agreement", '"x25519"'), "What leaves a site", "Keys are agreed with X25519. Whoever"),
     "two kinds of keys": (
@@ -455,7 +455,7 @@ EXPLAINED: dict[str, tuple[Edit, str, str]] = {
     "a sparse graph for few": (
         put("graph", '"semi_honest_graph"'),
         "What leaves a site",
-        "in cohorts of more than 64 sites only; here it has no effect.",
+        "with rosters of more than 64 sites only; here it has no effect.",
     ),
     "room of 32 bits": (
         put("max_sites", "64"),
@@ -505,24 +505,24 @@ EXPLAINED: dict[str, tuple[Edit, str, str]] = {
     "dropouts": (
         put("min_sites", "3"),
         "Who must take part",
-        "a cohort of 3 survives no dropouts; one of 4 to 6 survives 1 dropout; one of 7 to 9 survives 2 dropouts; one of 16 "
+        "a roster of 3 survives no dropouts; one of 4 to 6 survives 1 dropout; one of 7 to 9 survives 2 dropouts; one of 16 "
         "survives 5 dropouts.",
     ),
     "dropouts where many are needed": (
         both(put("min_sites", "7"), put("max_sites", "9")),
         "Who must take part",
-        "and at least 7 sites, see the round through: a cohort of 7 survives no dropouts; one of 8 survives 1 dropout; one "
+        "and at least 7, see the round through: a roster of 7 survives no dropouts; one of 8 survives 1 dropout; one "
         "of 9 survives 2 dropouts.",
     ),
     "dropouts of one size": (
         put("max_sites", "3"),
         "Who must take part",
-        "through: a cohort of 3 survives no dropouts.",
+        "through: a roster of 3 survives no dropouts.",
     ),
     "another attempt": (
         put("min_sites", "5"),
         "Who must take part",
-        "those left may try again among themselves while they are at least 5. Otherwise the round is void",
+        "If more drop out, they are asked once more, for the same vectors",
     ),
 }
 

@@ -160,12 +160,25 @@ class SpendLog:
                     raise ValueError
                 self._rounds[spend.round] = _Round(spend, start)
             case "bind":
-                self._rounds[fields.pop("round")].bound = fields.pop("commitment")
+                known, commitment = self._rounds[_number(fields)], fields.pop("commitment")
+                known.bound = commitment
+                if fields or not isinstance(commitment, str):
+                    raise ValueError
             case "open":
-                self._rounds[fields.pop("round")].opened = True
+                self._rounds[_number(fields)].opened = True
+                if fields:
+                    raise ValueError
             case _:
                 raise ValueError
 
 
 def _line(fields: Mapping[str, object]) -> bytes:
     return canonical_bytes({"format": FORMAT, **fields}) + b"\n"
+
+
+def _number(fields: dict[str, Any]) -> int:
+    """Take the round out of a line's fields."""
+    number = fields.pop("round")
+    if type(number) is not int:  # true is 1 to a dict
+        raise ValueError
+    return number

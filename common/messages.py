@@ -180,7 +180,7 @@ class Opening:
 
     kind: ClassVar[str] = "opening"
     context: str
-    shares: bytes
+    shares: bytes = dataclasses.field(repr=False)  # secret until they reach the server
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

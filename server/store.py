@@ -35,8 +35,8 @@ class RoundRecord:
         adapter: Digest of the adapter after; the parent's if the round was void.
         moments: Digests of the server optimizer's memory after, by name.
         present: Sites in the sum, sorted; none if the round was void.
-        missing: In which exchange and why each other site was lost, as `exchange: reason`, the reason a class of error or
-            `no answer`. A site lost after `contribute` is in the sum and is named here as well.
+        missing: In which exchange and why each other site was lost, as `exchange: reason`, the reason a class of error,
+            `no answer` or `wrong shares`. A site lost after `contribute` is in the sum and is named here as well.
         void: Why there is no sum; empty if there is one.
         summation: How the sum came about, such as `secure_aggregation` or `insecure_plain_sum`.
         bounded: The share of sites whose update was longer than the ring encodes and was scaled down, or cut.
@@ -89,11 +89,13 @@ class Store:
         try:
             last = json.loads(path.read_bytes()) if path.exists() else {"round": number, "attempt": 0}
             attempt = last["attempt"] + 1 if last["round"] == number else 1
-        except (ValueError, TypeError, KeyError):
+            if type(attempt) is not int:
+                raise ValueError
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise RunError(f"{path} is damaged. Remove it; sites may then refuse one round.") from None
         with whole(path) as draft:
             draft.write_bytes(canonical_bytes({"round": number, "attempt": attempt}))
-        return int(attempt)
+        return attempt
 
     def refresh(self) -> list[RoundRecord]:
         """Read the records that another process added since, and return them."""

@@ -1,23 +1,51 @@
 """What a site does with what it is sent."""
 
 import dataclasses
+import json
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from confide.client.agent import Agent
+from confide.client.kept import Kept
 from confide.client.spends import SpendLog
 from confide.client.trainer import PrivateTrainer
-from confide.common.errors import DataError, PrivacyError
-from confide.common.messages import Contribution, Envelope, Failure, Message, Offer, open_envelope, seal
+from confide.common import disk
+from confide.common.bounds import ring_layout
+from confide.common.errors import DataError, MessageError, PrivacyError, Refused
+from confide.common.messages import (
+    Advertisement,
+    Confirmation,
+    Contribution,
+    Envelope,
+    Failure,
+    MaskedVector,
+    Message,
+    Offer,
+    Opening,
+    Peers,
+    Shares,
+    Signatures,
+    Start,
+    Survivors,
+    open_envelope,
+    seal,
+    vector_digest,
+)
 from confide.common.model import AdaptedModel, attach
 from confide.common.plan import Plan
-from confide.common.ring import RingLayout, ring_layout
-from confide.simulations.insecure import InsecurePlainSum, InsecureSeededNoise
+from confide.common.ring import RingLayout
+from confide.server.summation import Task
+from confide.simulations.insecure import InsecurePlainSum, InsecureSeededNoise, InsecureUnmasked
 from tests.conftest import MakeExamples
+from tests.server.agents import EXCHANGES, LAYOUT, Behaviour, Fresh, Moment, Sites, honest, unheard
 
 
 @pytest.fixture
@@ -64,15 +92,17 @@ def make_agent(
     )
 
 
-def offer(model: AdaptedModel, number: int = 1) -> Offer:
+def offer(model: AdaptedModel, ring: RingLayout, number: int = 1, attempt: int = 1) -> Offer:
     return Offer(
         run="tiny",
         plan=model.plan.digest,
         round=number,
-        attempt=1,
-        sites=3,
+        attempt=attempt,
+        cohort=("east", "north", "south"),
+        roster="insecure_plain_sum",
         layout=model.layout.digest,
-        adapter=model.start,
+        ring=ring.digest,
+        signature=b"",
     )
 
 
@@ -80,26 +110,36 @@ def asked(agent: Agent, message: Message) -> Message:
     return open_envelope(agent.answer(seal(message)))
 
 
+def contributed(agent: Agent, offered: Offer, adapter: np.ndarray[Any, Any]) -> Message:
+    """Return what a site answers to a start, after it took up the offer."""
+    taken = asked(agent, offered)
+    assert isinstance(taken, Advertisement)
+    return asked(agent, Start(context=taken.context, inbox=b"", adapter=adapter))
+
+
+REFUSED = Failure(error="Refused", sentence="The site refused.")
+
+
 def test_a_round_is_trained_once_and_every_attempt_sends_the_same_vector(
     model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent = make_agent(model, ring, make_examples, tmp_path / "spends.jsonl", Retrying())
-    first = asked(agent, offer(model))
+    first = contributed(agent, offer(model, ring), model.start)
     spent = agent.spends.spends
     monkeypatch.setattr(PrivateTrainer, "train", None)  # training again would fail
 
-    again = asked(agent, dataclasses.replace(offer(model), attempt=2))
+    again = contributed(agent, offer(model, ring, attempt=2), model.start)
 
     assert isinstance(first, Contribution)
     assert isinstance(again, Contribution)
-    np.testing.assert_array_equal(first.words, again.words)
-    assert (first.attempt, again.attempt) == (1, 2)
+    np.testing.assert_array_equal(first.vector.words, again.vector.words)
+    assert first.context != again.context
     assert agent.spends.spends == spent
     assert len(spent) == 1
 
 
 def test_the_spend_is_on_disk_before_the_first_private_gradient(
-    agent: Agent, model: AdaptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    agent: Agent, model: AdaptedModel, ring: RingLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
 
@@ -108,31 +148,36 @@ def test_the_spend_is_on_disk_before_the_first_private_gradient(
         raise DataError("stopped before any gradient")
 
     monkeypatch.setattr(PrivateTrainer, "train", look)
-    answer = asked(agent, offer(model))
+    answer = contributed(agent, offer(model, ring), model.start)
 
     assert seen == [1]
     assert isinstance(answer, Failure)
 
 
-def test_a_round_is_never_trained_from_two_adapters(agent: Agent, model: AdaptedModel) -> None:
-    asked(agent, offer(model))
+@pytest.mark.parametrize("protection", [InsecurePlainSum(), Retrying()], ids=["one attempt", "several"])
+def test_a_round_is_never_trained_from_two_adapters(
+    model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples, tmp_path: Path, protection: InsecurePlainSum
+) -> None:
+    agent = make_agent(model, ring, make_examples, tmp_path / "spends.jsonl", protection)
+    contributed(agent, offer(model, ring), model.start)
 
-    answer = asked(agent, dataclasses.replace(offer(model), adapter=model.start + 1))
+    answer = contributed(agent, offer(model, ring, attempt=2), model.start + 1)
 
-    assert answer == Failure(error="Refused", sentence="The site refused.")
+    assert answer == REFUSED
+    assert len(agent.spends.spends) == 1
 
 
 def test_a_restarted_simulation_repeats_an_interrupted_round_to_the_same_bytes(
     agent: Agent, model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples, tmp_path: Path
 ) -> None:
-    first = asked(agent, offer(model))
+    first = contributed(agent, offer(model, ring), model.start)
 
     restarted = make_agent(model, ring, make_examples, tmp_path / "spends.jsonl")
-    again = asked(restarted, offer(model))
+    again = contributed(restarted, offer(model, ring), model.start)
 
     assert isinstance(first, Contribution)
     assert isinstance(again, Contribution)
-    np.testing.assert_array_equal(first.words, again.words)
+    np.testing.assert_array_equal(first.vector.words, again.vector.words)
     assert restarted.spends.spends == agent.spends.spends
 
 
@@ -142,18 +187,73 @@ def test_a_restarted_simulation_repeats_an_interrupted_round_to_the_same_bytes(
         {"run": "another"},
         {"plan": "sha256:" + "0" * 64},
         {"layout": "sha256:" + "0" * 64},
+        {"ring": "sha256:" + "0" * 64},
+        {"roster": "sha256:" + "0" * 64},
         {"round": 0},
         {"round": 4},
-        {"sites": 2},
-        {"sites": 17},
+        {"cohort": ("north", "south")},
+        {"cohort": tuple(f"site-{number:02}" for number in range(17))},
     ],
+    ids=lambda change: next(iter(change)),
 )
 def test_an_offer_outside_the_plan_is_refused_and_costs_nothing(
-    agent: Agent, model: AdaptedModel, change: dict[str, object]
+    agent: Agent, model: AdaptedModel, ring: RingLayout, change: dict[str, Any]
 ) -> None:
-    answer = asked(agent, dataclasses.replace(offer(model), **change))  # type: ignore[arg-type]
+    answer = asked(agent, dataclasses.replace(offer(model, ring), **change))
+    after = asked(agent, Start(context="", inbox=b"", adapter=model.start))
 
-    assert answer == Failure(error="Refused", sentence="The site refused.")
+    assert answer == after == REFUSED
+    assert agent.spends.spends == ()
+
+
+@pytest.mark.parametrize(("number", "attempt"), [(2, 2), (2, 1), (1, 3)])
+def test_an_attempt_is_made_once_and_none_follows_a_later_one(
+    agent: Agent, model: AdaptedModel, ring: RingLayout, number: int, attempt: int
+) -> None:
+    assert isinstance(asked(agent, offer(model, ring, 2, 2)), Advertisement)
+
+    assert asked(agent, offer(model, ring, number, attempt)) == REFUSED
+    assert isinstance(asked(agent, offer(model, ring, 2, 3)), Advertisement)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Peers(context="", adapter="", advertisements=b""),
+        Start(context="", inbox=b"", adapter=np.zeros(3, np.float32)),
+        Survivors(context="", sites=b""),
+        Signatures(context="", signatures=b""),
+    ],
+    ids=lambda message: message.kind,
+)
+def test_nothing_is_answered_before_an_offer(agent: Agent, message: Message) -> None:
+    answer = asked(agent, message)
+
+    assert answer == REFUSED
+    assert agent.spends.spends == ()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Advertisement(context="", keys=b""),
+        Shares(context="", sealed=b""),
+        Contribution(context="", vector=MaskedVector(words=np.zeros(3, np.uint32))),
+        Confirmation(context="", signature=b""),
+        Opening(context="", shares=b""),
+    ],
+    ids=lambda message: message.kind,
+)
+def test_what_sites_send_is_not_taken_by_a_site(agent: Agent, model: AdaptedModel, message: Message) -> None:
+    assert asked(agent, message) == REFUSED
+
+
+def test_a_start_that_is_not_admitted_costs_nothing(agent: Agent, model: AdaptedModel, ring: RingLayout) -> None:
+    asked(agent, offer(model, ring))
+
+    answer = asked(agent, Start(context="0" * 64, inbox=b"", adapter=model.start))
+
+    assert answer == Failure(error="MessageError", sentence=MessageError.outside)
     assert agent.spends.spends == ()
 
 
@@ -163,23 +263,279 @@ def test_an_offer_outside_the_plan_is_refused_and_costs_nothing(
         Envelope(body=b""),
         Envelope(body=b"\xff" * 100),
         Envelope(body=b"{}"),
-        seal(Failure(error="x", sentence="y")),
+        seal(Failure.of(ValueError())),
         Envelope(body=b"[" * 100_000),
     ],
 )
 def test_garbage_gets_a_fixed_sentence_and_the_agent_lives_on(
-    agent: Agent, model: AdaptedModel, envelope: Envelope
+    agent: Agent, model: AdaptedModel, ring: RingLayout, envelope: Envelope
 ) -> None:
+    taken = asked(agent, offer(model, ring))
+    assert isinstance(taken, Advertisement)
+
     answer = open_envelope(agent.answer(envelope))
+    after = asked(agent, Start(context=taken.context, inbox=b"", adapter=model.start))
 
     assert isinstance(answer, Failure)
-    assert isinstance(asked(agent, offer(model)), Contribution)
+    assert answer.sentence in {MessageError.outside, Refused.outside}
+    assert isinstance(after, Contribution)
 
 
-def test_an_adapter_of_another_length_fails_without_details(agent: Agent, model: AdaptedModel) -> None:
-    answer = asked(agent, dataclasses.replace(offer(model), adapter=np.ones(3, np.float32)))
+def test_an_adapter_of_another_length_fails_without_details(
+    agent: Agent, model: AdaptedModel, ring: RingLayout
+) -> None:
+    answer = contributed(agent, offer(model, ring), np.ones(3, np.float32))
 
     assert answer == Failure(error="AdapterError", sentence="The adapter offered does not fit the plan.")
+
+
+def test_one_message_is_answered_at_a_time(
+    model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples, tmp_path: Path
+) -> None:
+    inside, together = list[int](), list[int]()
+
+    class Slow(InsecurePlainSum):
+        def attend(self, offer: Offer) -> InsecureUnmasked:
+            inside.append(1)
+            time.sleep(0.02)
+            together.append(len(inside))
+            inside.pop()
+            return super().attend(offer)
+
+    agent = make_agent(model, ring, make_examples, None, Slow())
+    callers = [
+        threading.Thread(target=asked, args=(agent, offer(model, ring, attempt=attempt))) for attempt in range(1, 5)
+    ]
+
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+
+    assert together
+    assert set(together) == {1}
+
+
+def secure(plan: Plan, root: Path, script: Callable[[str, Moment], Behaviour] | None = None) -> Sites:
+    """Return a federation of four that sums securely, with fresh noise, and keeps all that must be kept on disk."""
+    return Sites(
+        plan=plan,
+        summation="real",
+        randomness=Fresh,
+        folder=root / "sites",
+        vectors=root / "vectors",
+        script=script or (lambda *_: honest),
+    )
+
+
+def tried(sites: Sites, number: int = 1, attempt: int = 1, adapter: np.ndarray[Any, Any] | None = None) -> Any:
+    """Return what one attempt at a sum gave."""
+    start = np.zeros(5, np.float32) if adapter is None else adapter
+    task = Task(
+        run="demo",
+        plan=sites.plan,
+        round=number,
+        attempt=attempt,
+        cohort=sites.names,
+        layout=LAYOUT.digest,
+        ring=sites.ring,
+        adapter=start,
+        parent=vector_digest(start),
+        training_s=1.0,
+        answer_s=1.0,
+    )
+    return sites.run.summation.collect(sites, task)
+
+
+def events(root: Path, site: str = "d") -> list[str]:
+    path = root / "sites" / f"{site}.jsonl"
+    return [json.loads(line)["event"] for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def test_each_stage_of_a_round_is_on_disk_when_its_answer_leaves(plan: Plan, tmp_path: Path) -> None:
+    seen: dict[str, list[str]] = {}
+
+    def noting(agent: Agent, envelope: Envelope) -> Envelope | None:
+        answer = agent.answer(envelope)
+        seen[open_envelope(envelope).kind] = events(tmp_path)
+        return answer
+
+    collected = tried(secure(plan, tmp_path, lambda site, _: noting if site == "d" else honest))
+
+    assert collected.present == ("a", "b", "c", "d")
+    assert seen == {
+        "offer": [],
+        "peers": [],
+        "start": ["reserve", "bind"],
+        "survivors": ["reserve", "bind"],
+        "signatures": ["reserve", "bind", "open"],
+    }
+
+
+@pytest.mark.parametrize(("kind", "last"), [("start", 0), ("start", 1), ("signatures", 0)])
+def test_what_cannot_be_recorded_does_not_leave(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, last: int
+) -> None:
+    answers: list[Message] = []
+
+    def on_a_full_disk(agent: Agent, envelope: Envelope) -> Envelope | None:
+        if open_envelope(envelope).kind != kind:
+            return agent.answer(envelope)
+        left, write = [last], disk.append
+
+        def full(path: Path, line: bytes) -> None:
+            if left[0] == 0:
+                raise OSError(28, "No space left on device")
+            left[0] -= 1
+            write(path, line)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("confide.client.spends.append", full)
+            answer = agent.answer(envelope)
+        answers.append(open_envelope(answer))
+        return answer
+
+    sites = secure(plan, tmp_path, lambda site, _: on_a_full_disk if site == "d" else honest)
+
+    collected = tried(sites)
+
+    assert answers == [Failure(error="PrivacyError", sentence=PrivacyError.outside)]
+    assert dict(collected.missing) == {"d": f"{EXCHANGES[kind]}: PrivacyError"}
+    assert len(sites.trainers["d"].starts) == (0 if (kind, last) == ("start", 0) else 1)
+    assert "open" not in events(tmp_path)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["same process", "started anew"])
+def test_a_site_helps_to_open_the_sum_of_a_round_once(plan: Plan, tmp_path: Path, again: bool) -> None:
+    sites = secure(plan, tmp_path)
+    assert tried(sites).total is not None
+    if again:
+        sites.agents = {site: sites.agent(site) for site in sites.names}
+
+    collected = tried(sites, attempt=2)
+
+    assert dict(collected.missing) == dict.fromkeys(sites.names, "advertise: Refused")
+    assert events(tmp_path) == ["reserve", "bind", "open"]
+    assert tried(sites, number=2).total is not None
+
+
+def test_the_question_that_opened_a_sum_is_not_answered_again(plan: Plan, tmp_path: Path) -> None:
+    answers: list[Message] = []
+
+    def twice(agent: Agent, envelope: Envelope) -> Envelope | None:
+        first = agent.answer(envelope)
+        if open_envelope(envelope).kind == "signatures":
+            answers.extend(open_envelope(answer) for answer in (first, agent.answer(envelope)))
+        return first
+
+    tried(secure(plan, tmp_path, lambda site, _: twice if site == "d" else honest))
+
+    assert isinstance(answers[0], Opening)
+    assert answers[1] == REFUSED
+
+
+def test_a_site_started_anew_masks_the_vector_it_kept_and_spends_nothing(plan: Plan, tmp_path: Path) -> None:
+    sites = secure(plan, tmp_path, lambda _, moment: unheard if moment[1:] == (1, "confirm") else honest)
+    assert tried(sites).total is None
+    sites.agents["d"] = sites.agent("d")
+
+    collected = tried(sites, attempt=2)
+
+    assert collected.present == sites.names
+    assert len(sites.trainers["d"].starts) == 1
+    assert [spend.round for spend in sites.agents["d"].spends.spends] == [1]
+
+
+def test_a_kept_vector_goes_with_its_round(plan: Plan, tmp_path: Path) -> None:
+    sites = secure(plan, tmp_path, lambda _, moment: unheard if moment[2] == "confirm" else honest)
+    tried(sites)
+    kept = Kept(tmp_path / "vectors" / "d", b"d".ljust(32))
+    before = kept.holds(1)
+    sites.script = lambda *_: honest
+
+    tried(sites, attempt=2)
+
+    assert before
+    assert not kept.holds(1)
+    assert list((tmp_path / "vectors" / "d").iterdir()) == []
+
+
+def test_with_fresh_noise_a_round_whose_training_failed_is_spent_and_not_trained_again(
+    plan: Plan, tmp_path: Path
+) -> None:
+    sites = secure(plan, tmp_path)
+    sites.trainers["d"].fault = DataError("a row that cannot be trained on")
+    first = tried(sites)
+    sites.trainers["d"].fault = None
+
+    for agent in (sites.agents["d"], sites.agent("d")):
+        sites.agents["d"] = agent
+        again = tried(sites, attempt=2)
+
+        assert dict(first.missing) == {"d": "contribute: DataError"}
+        assert dict(again.missing)["d"] == "advertise: Refused"
+        assert [spend.round for spend in agent.spends.spends] == [1]
+        assert sites.trainers["d"].starts == []
+
+
+def test_an_adapter_that_the_cohort_was_not_told_of_costs_nothing(plan: Plan, tmp_path: Path) -> None:
+    def other(agent: Agent, envelope: Envelope) -> Envelope | None:
+        message = open_envelope(envelope)
+        if isinstance(message, Start):
+            message = dataclasses.replace(message, adapter=message.adapter + 1)
+        return agent.answer(seal(message))
+
+    sites = secure(plan, tmp_path, lambda site, _: other if site == "d" else honest)
+
+    collected = tried(sites)
+
+    assert dict(collected.missing) == {"d": "contribute: MessageError"}
+    assert (sites.agents["d"].spends.spends, sites.trainers["d"].starts) == ((), [])
+
+
+def test_another_attempt_from_another_adapter_sends_no_vector(plan: Plan, tmp_path: Path) -> None:
+    sites = secure(plan, tmp_path, lambda _, moment: unheard if moment[1:] == (1, "confirm") else honest)
+    tried(sites)
+
+    collected = tried(sites, attempt=2, adapter=np.ones(5, np.float32))
+
+    assert dict(collected.missing) == dict.fromkeys(sites.names, "contribute: Refused")
+    assert all(len(trainer.starts) == 1 for trainer in sites.trainers.values())
+
+
+def test_a_forged_offer_does_not_end_the_attempt_under_way(plan: Plan, tmp_path: Path) -> None:
+    answers: list[Message] = []
+
+    def disturbed(agent: Agent, envelope: Envelope) -> Envelope | None:
+        answer = agent.answer(envelope)
+        if isinstance(open_envelope(envelope), Peers):
+            forged = dataclasses.replace(sites.offers[-1], attempt=2)  # still signed for the first attempt
+            answers.append(asked(agent, forged))
+        return answer
+
+    sites = secure(plan, tmp_path, lambda site, _: disturbed if site == "d" else honest)
+
+    collected = tried(sites)
+
+    assert answers == [Failure(error="MessageError", sentence=MessageError.outside)]
+    assert collected.present == sites.names
+
+
+@pytest.mark.parametrize(
+    "change", [{"round": 2, "attempt": 1}, {"round": 1, "attempt": 2}, {"run": "other", "round": 2}]
+)
+def test_a_forged_offer_takes_from_a_site_nothing_that_it_kept(
+    plan: Plan, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    sites = secure(plan, tmp_path, lambda _, moment: unheard if moment[1:] == (1, "confirm") else honest)
+    tried(sites)
+    forged = dataclasses.replace(sites.offers[-1], signature=bytes(64), **change)
+
+    answer = asked(sites.agents["d"], forged)
+
+    assert isinstance(answer, Failure)
+    assert tried(sites, attempt=2).present == sites.names
+    assert len(sites.trainers["d"].starts) == 1
 
 
 def test_a_site_below_the_plans_least_persons_does_not_take_part(

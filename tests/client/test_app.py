@@ -14,3 +14,5 @@ def test_the_postman_loads_neither_model_nor_data_nor_keys() -> None:
     assert strangers.isdisjoint(loaded)
     ours = {name for name in loaded if name.startswith("confide.client.")}
     assert ours == {"confide.client.app", "confide.client.postbox"}
+    shared = {name.removeprefix("confide.common.") for name in loaded if name.startswith("confide.common.")}
+    assert shared == {"canonical", "errors", "messages"}  # so neither common.crypto nor common.secagg

@@ -309,7 +309,11 @@ def lines() -> list[bytes]:
         event("bind", round=2, commitment=COMMITMENT),  # of a round that was not reserved
         event("bind", round=1),
         event("bind", commitment=COMMITMENT),
+        event("bind", round=True, commitment=COMMITMENT),
+        event("bind", round=1, commitment=5),
+        event("bind", round=1, commitment=COMMITMENT, extra=1),
         event("open", round=2),
+        event("open", round=1, extra=1),
         event("open"),
         line({"format": "confide-spend/1", "start": START, **dataclasses.asdict(spend(2))}),
     ]

@@ -40,7 +40,7 @@ def plan(text: str) -> Plan:
 def federation(base_directory: Path, plan: Plan, make_examples: MakeExamples) -> Federation:
     model = attach(base_directory, plan)
     sites = {f"clinic-{number}": make_examples(40, seed=number, persons=30) for number in range(3)}
-    return Federation(name="tiny", model=model, sites=sites, cache=None, seed=11)
+    return Federation(name="tiny", model=model, sites=sites, cache=None, seed=11, summation="real")
 
 
 def started(federation: Federation, root: Path, text: str) -> tuple[Run, Mapping[str, Agent], Store, ServerState]:
@@ -48,7 +48,7 @@ def started(federation: Federation, root: Path, text: str) -> tuple[Run, Mapping
     store = Store(root)
     (root / "plan.toml").write_text(text)
     model: AdaptedModel = federation.model
-    return federation.run(), federation.agents(root), store, ServerState.begin(model.start, federation.plan.federation)
+    return *federation.begin(root), store, ServerState.begin(model.start, federation.plan.federation)
 
 
 class Witness:
@@ -98,6 +98,7 @@ def test_both_engines_give_bit_equal_adapters_and_flower_leaves_nothing_behind(
 
     assert status == plain_status == "completed"
     assert witness.records == store.records
+    assert {record.summation for record in (*store.records, *plain_records)} == {"secure_aggregation"}
     assert [record.adapter for record in store.records] == [record.adapter for record in plain_records]
     assert [record.moments for record in store.records] == [record.moments for record in plain_records]
     assert adapters(tmp_path / "flower") == adapters(tmp_path / "plain")

@@ -52,8 +52,12 @@ def test_a_run_says_everything_it_did(finished: dict[str, Any], tmp_path: Path) 
     assert finished["delta"] == 1e-3
     assert finished["seconds"] > 0
     vector_bytes = 4 * finished["trained_numbers"]
-    assert vector_bytes < finished["bytes_up_per_site_round"] < vector_bytes + 600
-    assert finished["weakened_by"] == ["insecure_plain_sum", "insecure_seeded_noise"]
+    # Keys, shares and signatures: at most 115 bytes for each of three sites, and 1024.
+    assert vector_bytes < finished["bytes_up_per_site_round"] < vector_bytes + 115 * 3 + 1024
+    assert finished["weakened_by"] == ["insecure_seeded_noise"]
+    for record in finished["round_records"]:
+        assert (record["summation"], record["attempts"], record["void"]) == ("secure_aggregation", 1, "")
+        assert (record["bounded"], record["saturated"]) == (0.0, 0.0)
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == finished
     for figure in ("rounds.png", "rounds.svg", "sites.png", "sites.svg"):
         assert (tmp_path / "run" / "figures" / figure).stat().st_size > 5000
@@ -95,7 +99,9 @@ def test_the_adapter_directory_is_standard_peft_with_manifest_and_card(
     assert manifest["adapter"] == vector_digest(vector) == finished["round_records"][-1]["adapter"]
     assert manifest["plan"]["digest"] == plan.digest
     assert manifest["lineage"][0]["adapter"] == manifest["lineage"][1]["parent"]
-    assert "insecure_plain_sum" in (adapter / "README.md").read_text()
+    assert manifest["weakened_by"] == ["insecure_seeded_noise"]
+    assert {version["summation"] for version in manifest["lineage"]} == {"secure_aggregation"}
+    assert "insecure_seeded_noise" in (adapter / "README.md").read_text()
     assert str(tmp_path) not in (adapter / "README.md").read_text() + (adapter / "adapter_config.json").read_text()
 
 
@@ -103,9 +109,33 @@ def files(directory: Path) -> Mapping[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("optimizer", ["fedavg", "fedadam"])
+def test_a_run_without_masks_gives_the_same_bits_and_says_that_nothing_hid_them(
+    tmp_path: Path, plan_file: Path, base_directory: Path, table: Path
+) -> None:
+    for name in ("real", "insecure_plain_sum"):
+        more = (*BY_CLINIC, "--no-alone", "--summation", name)
+        assert simulate(tmp_path / name, plan_file, base_directory, table, *more) == 0
+
+    secure, plain = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("real", "insecure_plain_sum"))
+    for key in ("scores", "epsilon", "spends", "history", "status"):
+        assert secure[key] == plain[key]
+    assert [r["adapter"] for r in secure["round_records"]] == [r["adapter"] for r in plain["round_records"]]
+    assert files(tmp_path / "real" / "adapters") == files(tmp_path / "insecure_plain_sum" / "adapters")
+    assert plain["weakened_by"] == ["insecure_plain_sum", "insecure_seeded_noise"]
+    assert "insecure_plain_sum" in (tmp_path / "insecure_plain_sum" / "adapter" / "README.md").read_text()
+    assert "insecure_plain_sum" not in (tmp_path / "real" / "adapter" / "README.md").read_text()
+
+
+# The channel is used five times a round: the seventh time for keys, the eighth for training, the tenth to open the sum.
+@pytest.mark.parametrize(("optimizer", "stop"), [("fedavg", 7), ("fedavg", 8), ("fedadam", 10)])
 def test_a_run_stopped_in_any_round_resumes_to_the_same_bytes(
-    tmp_path: Path, plan_file: Path, base_directory: Path, table: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    tmp_path: Path,
+    plan_file: Path,
+    base_directory: Path,
+    table: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    optimizer: str,
+    stop: int,
 ) -> None:
     text = plan_file.read_text().replace('server_optimizer = "fedavg"', f'server_optimizer = "{optimizer}"')
     plan_file.write_text(text)
@@ -118,7 +148,7 @@ def test_a_run_stopped_in_any_round_resumes_to_the_same_bytes(
         nonlocal asked
         asked += 1
         answers = list(answer(self, *args, **kwargs))
-        if asked == 2:  # all sites have trained the second round, the server has not recorded it
+        if asked == stop:  # all sites have answered in the second round, the server has not recorded it
             raise KeyboardInterrupt
         return iter(answers)
 
@@ -216,23 +246,41 @@ def test_a_held_out_table_is_used_whole(tmp_path: Path, plan_file: Path, base_di
     assert sum(site["rows"] for site in result["sites"].values()) == 90
 
 
+@pytest.mark.parametrize(
+    ("summation", "one", "two"),
+    [
+        ("real", 3, (8, 11)),  # the eleventh use of the channel is the second attempt at the second round
+        ("insecure_plain_sum", 2, (4,)),
+    ],
+)
 def test_dropouts_are_told_and_void_rounds_leave_the_adapter_as_it_was(
-    tmp_path: Path, base_directory: Path, plan_file: Path, make_examples: MakeExamples
+    tmp_path: Path,
+    base_directory: Path,
+    plan_file: Path,
+    make_examples: MakeExamples,
+    summation: str,
+    one: int,
+    two: tuple[int, ...],
 ) -> None:
     plan = load_plan(plan_file)
     sites = {f"site-{n}": make_examples(20, seed=n) for n in range(4)}
-    federation = Federation(name="tiny", model=attach(base_directory, plan), sites=sites, cache=None, seed=0)
+    federation = Federation(
+        name="tiny", model=attach(base_directory, plan), sites=sites, cache=None, seed=0, summation=summation
+    )
     store, told = Store(tmp_path), list[RoundRecord]()
-    dropouts = {1: frozenset({"site-1"}), 2: frozenset({"site-1", "site-2"})}
-    channel = InProcessChannel(federation.agents(tmp_path / "sites"), dropouts)
+    run, agents = federation.begin(tmp_path / "sites")
+    dropouts = {one: frozenset({"site-1"})} | dict.fromkeys(two, frozenset({"site-1", "site-2"}))
     start = ServerState.begin(federation.model.start, plan.federation)
 
-    status = run_rounds(federation.run(), channel, store, start, told.append)
+    status = run_rounds(run, InProcessChannel(agents, dropouts), store, start, told.append)
 
     assert status == "completed-degraded"
     assert told[0].present == ("site-0", "site-2", "site-3")
-    assert told[0].missing == {"site-1": "no answer"}
+    assert told[0].missing == {"site-1": "contribute: no answer"}
     assert told[1].present == ()
+    assert told[1].missing == {"site-1": "contribute: no answer", "site-2": "contribute: no answer"}
+    assert told[1].attempts == len(two)
+    assert told[1].void == "After `contribute` 2 of a cohort of 4 sites were left; 3 are needed."
     assert told[1].adapter == told[1].parent == told[0].adapter
     assert told[2].missing == {}
     assert told[2].adapter != told[2].parent
@@ -247,11 +295,11 @@ def test_prefix_cache_and_micro_batch_do_not_change_what_is_learned(
     for micro_batch in (4, 64):
         compute = dataclasses.replace(plan.compute, micro_batch=micro_batch)
         model = attach(base_directory, dataclasses.replace(plan, compute=compute))
-        federation = Federation(name="tiny", model=model, sites=sites, cache=None, seed=0)
+        federation = Federation(name="tiny", model=model, sites=sites, cache=None, seed=0, summation="real")
         directory = tmp_path / str(micro_batch)
         store = Store(directory)
         start = ServerState.begin(model.start, plan.federation)
-        run_in_process(federation.run(), federation.agents(directory), store, start, lambda _: None)
+        run_in_process(*federation.begin(directory), store, start, lambda _: None)
         state = store.latest(model.layout)
         assert state is not None
         adapters.append(state.adapter)
@@ -267,8 +315,9 @@ def test_prefix_cache_and_micro_batch_do_not_change_what_is_learned(
         (("simulate", "run", "no.toml", "--model", "{base}", "--data", "{table}"), 2, "no file no.toml"),
         (("simulate", "run", "{plan}", "--model", "{base}", "--data", "no.csv"), 2, "no file no.csv"),
         (("simulate", "run", "{plan}", "--model", "no-model", "--data", "{table}", "--out", "{out}"), 5, "no model"),
-        (("simulate", "run", "{plan}", "--model", "{base}", "--data", "{table}", "--split", "odd"), 2, "--split"),
-        (("simulate", "run", "{plan}", "--model", "{base}", "--data", "{table}", "--engine", "odd"), 2, "--engine"),
+        (("simulate", "run", "{plan}", "--model", "{base}", "--data", "{table}", "--split", "odd"), 2, "no split 'odd'"),
+        (("simulate", "run", "{plan}", "--model", "{base}", "--data", "{table}", "--engine", "odd"), 2, "no engine 'odd'"),
+        (("simulate", "run", "{plan}", "--data", "{table}", "--summation", "odd"), 2, "no summation 'odd'. Known are real"),
         (("simulate", "run", "{plan}", "--model", "{base}", "--data", "{table}", "--column", "clinic"), 2, "--column"),
         (
             ("simulate", "run", "{plan}", "--model", "{base}", "--data", "{table}", "--split", "column", "--out", "{out}"),
@@ -318,7 +367,9 @@ def test_prefix_cache_and_micro_batch_do_not_change_what_is_learned(
             "--sites has no effect with --split column",
         ),
         (("simulate", "run", "{plan}", "--data", "{table}", "--concentration", "1"), 2, "no effect with --split iid"),
+        (("simulate", "run", "--resume", "{out}", "--summation", "real"), 2, "leave out --summation"),
         (("simulate", "demo", "nothing"), 2, "no scenario 'nothing'"),
+        (("simulate", "demo", "--summation", "odd", "--out", "{out}"), 2, "no summation 'odd'"),
         (("simulate", "repeat", "messages", "--seeds", "a"), 2, "--seeds"),
         (("simulate", "repeat", "messages", "--seeds", "1"), 2, "--seeds"),
     ],

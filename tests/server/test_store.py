@@ -317,3 +317,36 @@ def test_a_record_says_who_was_missing_where_and_what_the_sum_was(tmp_path: Path
     assert raw["missing"] == {"d": "contribute: no answer"}
     assert (raw["summation"], raw["attempts"], raw["void"]) == ("secure_aggregation", 1, "")
     assert (raw["bounded"], raw["saturated"]) == (1 / 3, 0.0)
+
+
+def test_the_number_of_an_attempt_is_never_given_twice_even_by_another_process(tmp_path: Path) -> None:
+    numbers = [Store(tmp_path).begin_attempt(number) for number in (1, 1, 2, 2, 2, 3)]
+
+    assert numbers == [1, 2, 1, 2, 3, 1]
+
+
+def test_the_number_of_an_attempt_is_on_disk_before_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    store.begin_attempt(4)
+
+    def killed(path: Path, target: Path) -> Path:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(Killed):
+            store.begin_attempt(4)
+
+    assert json.loads((tmp_path / "attempts.json").read_bytes()) == {"attempt": 1, "round": 4}
+    assert Store(tmp_path).begin_attempt(4) == 2
+
+
+@pytest.mark.parametrize("raw", [b"", b"{}", b"[1, 2]", b"7", b"null", b"\xff", b'{"round":1,"attempt":"2"}'])
+def test_a_damaged_number_of_an_attempt_is_refused(tmp_path: Path, raw: bytes) -> None:
+    store = Store(tmp_path)
+    (tmp_path / "attempts.json").write_bytes(raw)
+
+    with pytest.raises(RunError, match=r"attempts\.json is damaged\. Remove it; sites may then refuse one round"):
+        store.begin_attempt(1)

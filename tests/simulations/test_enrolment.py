@@ -45,9 +45,8 @@ def offered(summation: SecureSummation, given: Task) -> Offer:
 
 
 def test_the_roster_holds_the_public_half_of_every_key() -> None:
-    enrolment = Enrolment.of("demo", SITES)
+    enrolment = Enrolment.of(SITES)
 
-    assert enrolment.roster.federation == "demo"
     assert enrolment.roster.coordinator == enrolment.coordinator.public
     assert dict(enrolment.roster.sites) == {site: key.public for site, key in enrolment.identities.items()}
     assert tuple(enrolment.identities) == SITES
@@ -56,7 +55,7 @@ def test_the_roster_holds_the_public_half_of_every_key() -> None:
 
 
 def test_every_enrolment_has_keys_of_its_own() -> None:
-    one, other = (Enrolment.of("demo", SITES) for _ in range(2))
+    one, other = (Enrolment.of(SITES) for _ in range(2))
 
     keys = [key.seed() for made in (one, other) for key in (made.coordinator, *made.identities.values())]
 
@@ -65,7 +64,7 @@ def test_every_enrolment_has_keys_of_its_own() -> None:
 
 
 def test_no_key_shows_in_what_is_printed(plan: Plan) -> None:
-    enrolment = Enrolment.of("demo", SITES)
+    enrolment = Enrolment.of(SITES)
 
     shown = repr(enrolment) + repr(enrolment.member("a", plan, RING))
 
@@ -76,7 +75,7 @@ def test_no_key_shows_in_what_is_printed(plan: Plan) -> None:
 
 def test_a_site_that_cannot_be_on_a_roster_cannot_be_enrolled() -> None:
     with pytest.raises(UsageError, match="a site's name is not"):
-        Enrolment.of("demo", ["a", "b", "../c"])
+        Enrolment.of(["a", "b", "../c"])
 
 
 def test_a_member_attends_what_its_coordinator_signed_and_nothing_else(plan: Plan) -> None:
@@ -106,7 +105,7 @@ def test_real_means_a_member_for_each_site_and_one_roster_for_all(plan: Plan) ->
         assert isinstance(member, Membership)
         assert (member.site, member.roster, member.plan, member.ring) == (site, sums.summation.roster, plan, RING)
         assert member.retries
-    assert sums.summation.roster.federation == plan.name
+    assert set(sums.summation.roster.sites) == set(SITES)
 
 
 def test_insecure_plain_sum_means_no_keys_and_no_second_attempt(plan: Plan) -> None:
@@ -133,7 +132,7 @@ def test_in_a_simulation_a_site_allows_the_sparse_graph_where_the_plan_does(plan
     ring = dataclasses.replace(RING, max_sites=66)
     complete = dataclasses.replace(plan, federation=dataclasses.replace(plan.federation, max_sites=66))
     sparse = dataclasses.replace(plan, federation=dataclasses.replace(complete.federation, graph=SEMI_HONEST))
-    enrolment = Enrolment.of("demo", names)
+    enrolment = Enrolment.of(names)
     server = SecureSummation(enrolment.roster, enrolment.coordinator)
 
     enrolment.member(names[0], sparse, ring).attend(offered(server, task(sparse, names, ring)))

@@ -154,7 +154,7 @@ def test_no_sum_is_given_of_fewer_sites_than_the_least(plan: Plan) -> None:
     assert collected.present == ()
     assert dict(collected.missing) == {"b": "advertise: DataError", "d": "advertise: no answer"}
     assert collected.void == "After `advertise` 2 of a cohort of 4 sites were left; 3 are needed."
-    assert not collected.repeatable
+    assert collected.again == ()
     enough = collect(task(plan, ["a", "b", "c", "d"], least=2), sites)
     assert enough.total is not None
     assert enough.present == ("a", "c")
@@ -216,7 +216,7 @@ def test_a_sum_that_cannot_be_one_of_honest_vectors_is_void(plan: Plan) -> None:
     assert collected.total is None
     assert collected.present == ()
     assert "This cannot be the sum of 4 honest vectors" in collected.void
-    assert not collected.repeatable
+    assert collected.again == ()
 
 
 def test_a_site_starts_only_for_the_attempt_it_attends(plan: Plan) -> None:

@@ -28,9 +28,9 @@ from confide.common.ring import RingLayout
 from confide.server.aggregate import ServerState
 from confide.server.rounds import Run
 from confide.server.store import Store
-from confide.simulations.enrolment import Sums
+from confide.simulations.enrolment import REAL, Sums
 from confide.simulations.federation import run_in_process
-from confide.simulations.insecure import InsecureSeededNoise
+from confide.simulations.insecure import PLAIN_SUM, InsecureSeededNoise
 from confide.simulations.measurement import Figure, Note
 from confide.simulations.scenarios import demo_model, scenario
 
@@ -62,17 +62,21 @@ def bench(name: str, note: Note) -> dict[str, Any]:
 def federation(note: Note) -> Mapping[str, Figure]:
     """Return what a round costs beside training, how memory grows with sites, and the cost beside usual Flower's.
 
-    A run measures ours and the peer's one after the other, so that what else the machine does falls on both; a run's
+    Flower's clients send their updates in the clear, so ours do too where the two are compared. A run measures ours and the peer's one after the other, so that what else the machine does falls on both; a run's
     seconds are the median of its rounds.
     """
     from confide.simulations.flower_peer import reload_rounds
 
     model = demo_model()
-    ours, theirs, growth = [], [], []
+    ours: list[float] = []
+    secure: list[float] = []
+    theirs, growth = [], []
     for number in range(1, RUNS + 1):
         note(f"Run {number} of {RUNS}: {SITES} sites, {PARAMETERS} parameters, constant updates")
-        with tempfile.TemporaryDirectory() as folder:
-            ours.append(statistics.median(constant_rounds(SITES, PARAMETERS, rounds=20, folder=Path(folder))))
+        for seconds, summation in ((ours, PLAIN_SUM), (secure, REAL)):
+            with tempfile.TemporaryDirectory() as folder:
+                rounds = constant_rounds(SITES, PARAMETERS, rounds=20, folder=Path(folder), summation=summation)
+            seconds.append(statistics.median(rounds))
         note("  the same rounds with a Flower client that loads its base model for each message")
         theirs.append(statistics.median(reload_rounds(model, SITES, rounds=5)))
         note("  peak memory with 50 and with 5 sites, base model loaded, one process each")
@@ -80,6 +84,7 @@ def federation(note: Note) -> Mapping[str, Figure]:
     ratios = [their / our for their, our in zip(theirs, ours, strict=True)]
     return {
         "round_overhead_s": Figure.of(ours, "s"),
+        "secure_round_overhead_s": Figure.of(secure, "s"),
         "peak_memory_sites_50_over_5": Figure.of(growth, "x", "5 sites"),
         "overhead_vs_flower_reload": Figure.of(ratios, "x", "Flower under Ray, base model loaded for each message"),
         "flower_reload_round_s": Figure.of(theirs, "s"),
@@ -110,13 +115,13 @@ class ConstantTrainer:
         return Delta(values=np.full(self._length, 1e-4, np.float32))
 
 
-def constant_rounds(sites: int, parameters: int, rounds: int, folder: Path) -> list[float]:
+def constant_rounds(sites: int, parameters: int, rounds: int, folder: Path, summation: str = REAL) -> list[float]:
     """Return the seconds of each round, from the end of the one before, of a run in `folder`; the first is left out."""
     layout = Layout.of({"constant": (parameters,)})
     plan = _bench_plan(rounds + 1)
     ring = RingLayout(length=parameters, update_bound=1.0, max_sites=plan.federation.max_sites)
     names = tuple(f"site-{number:03}" for number in range(sites))
-    sums = Sums.of("real", plan, ring, names)
+    sums = Sums.of(summation, plan, ring, names)
     run = Run(name="bench", plan=plan, layout=layout, ring=ring, sites=names, summation=sums.summation)
     agents = {name: _constant_agent(name, plan, layout, ring, folder, sums.protections[name]) for name in names}
     store = Store(folder)

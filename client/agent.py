@@ -139,6 +139,7 @@ class Agent:
         self._protection = protection
         self._kept = kept or Kept()
         self._attempt = (0, 0)  # round and attempt
+        self._roster = ""
         self._attending: Attending | None = None
         self._lock = threading.Lock()
 
@@ -175,9 +176,9 @@ class Agent:
     def _attend(self, offer: Offer) -> Advertisement:
         """Begin an attempt; whatever attempt came before is over."""
         self._check(offer)
-        self.spends.admit(offer.round, kept=self._kept.holds(offer.round))
+        self.spends.admit(offer.round, kept=self._kept.holds(offer.round), roster=offer.roster)
         self._attending = self._protection.attend(offer)
-        self._attempt = (offer.round, offer.attempt)
+        self._attempt, self._roster = (offer.round, offer.attempt), offer.roster
         self._kept.forget_all_but(offer.round)
         return self._attending.advertise()
 
@@ -194,7 +195,7 @@ class Agent:
 
     def _train(self, number: int, start: Start) -> RingVector:
         randomness = self._randomness(number)
-        self.spends.reserve(self._mechanism.spend(number, randomness.name), start.adapter_digest)
+        self.spends.reserve(self._mechanism.spend(number, randomness.name), start.adapter_digest, self._roster)
         delta = self._trainer.train(start.adapter, self._mechanism, randomness)
         vector = encode(delta.values, self._ring, Keystream(randomness.rounding_key()))
         if self._protection.retries:

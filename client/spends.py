@@ -23,6 +23,7 @@ SEEDED = "insecure_seeded_noise"  # the one kind of draws that can be repeated
 class _Round:
     spend: Spend
     start: str
+    roster: str
     bound: str | None = None  # the commitment to its vector
     opened: bool = False
 
@@ -61,7 +62,7 @@ class SpendLog:
         """Return the digest of the adapter that round was trained from, or None if it was not trained."""
         return self._rounds[number].start if number in self._rounds else None
 
-    def admit(self, number: int, *, kept: bool) -> None:
+    def admit(self, number: int, *, kept: bool, roster: str = "") -> None:
         """Return if the site may take part in another attempt at round `number`.
 
         Only a seeded simulation may go through a round again that it has trained or opened: it gives the same bytes.
@@ -69,9 +70,11 @@ class SpendLog:
         Args:
             number: The round.
             kept: Whether the round's vector is at hand, so that no training is needed.
+            roster: The digest of the roster that it would be summed under.
 
         Raises:
-            Refused: A later round was begun, this one's sum was opened, or it was trained and its vector is gone.
+            Refused: A later round was begun, this one's sum was opened, it was trained and its vector is gone, or it was
+                trained for a sum under another roster: under two rosters two sums could be opened.
         """
         known = self._rounds.get(number)
         if number < max(self._rounds, default=0):
@@ -80,10 +83,12 @@ class SpendLog:
             return
         if known.opened:
             raise Refused(f"The sum of round {number} was opened with this site's help; that happens once a round.")
+        if known.roster != roster:
+            raise Refused(f"Round {number} was begun under another roster; it ends under the one it was begun under.")
         if known.bound is None or not kept:
             raise Refused(f"Round {number} was begun and its vector is gone; a round is trained once.")
 
-    def reserve(self, spend: Spend, start: str) -> None:
+    def reserve(self, spend: Spend, start: str, roster: str = "") -> None:
         """Return once `spend` is on disk; only then may the round be trained.
 
         A round is trained once. Only a seeded simulation may train it again, at the same cost and from the same adapter:
@@ -92,6 +97,7 @@ class SpendLog:
         Args:
             spend: What the round costs.
             start: The digest of the adapter that training starts from.
+            roster: The digest of the roster that the round is summed under.
 
         Raises:
             Refused: The round was reserved before, or a later one was.
@@ -104,8 +110,8 @@ class SpendLog:
             raise Refused(f"Round {spend.round} was reserved before; a round is trained once, from one adapter.")
         if spend.round < max(self._rounds, default=0):
             raise Refused(f"Round {spend.round} is offered after round {max(self._rounds)}; rounds do not go back.")
-        self._write("reserve", "Nothing was trained.", start=start, **dataclasses.asdict(spend))
-        self._rounds[spend.round] = _Round(spend, start)
+        self._write("reserve", "Nothing was trained.", start=start, roster=roster, **dataclasses.asdict(spend))
+        self._rounds[spend.round] = _Round(spend, start, roster)
 
     def bind(self, number: int, commitment: str) -> None:
         """Return once it is on disk that round `number` has its vector; every attempt at the round masks this one.
@@ -154,11 +160,11 @@ class SpendLog:
             raise ValueError
         match fields.pop("event"):
             case "reserve":
-                start = fields.pop("start")
+                start, roster = fields.pop("start"), fields.pop("roster")
                 spend = Spend(**fields)
                 if spend.round in self._rounds:
                     raise ValueError
-                self._rounds[spend.round] = _Round(spend, start)
+                self._rounds[spend.round] = _Round(spend, start, roster)
             case "bind":
                 known, commitment = self._rounds[_number(fields)], fields.pop("commitment")
                 known.bound = commitment

@@ -1,6 +1,6 @@
-"""Who shares keys with whom in a cohort, and how many must agree.
+"""Who shares keys with whom on a roster, and how many must agree.
 
-Up to 64 sites everyone shares with everyone, which withstands a server that lies. In larger cohorts each site shares
+Up to 64 sites everyone shares with everyone, which withstands a server that lies. On larger rosters each site shares
 with a few neighbours on a random circle; that is safe only against a server that follows the protocol and looks on,
 hence the graph's name.
 
@@ -31,12 +31,12 @@ CORRECTNESS_BITS = 30  # eta
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Connections:
-    """How a cohort hangs together; equal on every machine.
+    """How a roster hangs together; equal on every machine.
 
     A site splits its secrets into one share for each neighbour and one for itself.
 
     Attributes:
-        sites: n, the size of the whole cohort.
+        sites: n, all sites on the roster.
         neighbours: k, with how many others each site shares keys; n - 1 in the complete graph, else even.
         threshold: t, how many shares of a neighbourhood open a secret.
         gathered: How many must advertise before keys are shared: the quorum, or on a circle n − ⌊n/10⌋.
@@ -57,7 +57,7 @@ class Connections:
 
 @functools.cache
 def connections(sites: int) -> Connections:
-    """Return how a cohort of so many sites hangs together.
+    """Return how a roster of so many sites hangs together.
 
     Up to 64 sites the graph is complete and the threshold is the quorum. Above, k is the smallest even number for which
     some threshold satisfies the bounds below, and t the smallest such threshold from k/2 upward. The bounds hold for any
@@ -86,7 +86,7 @@ def connections(sites: int) -> Connections:
     """
     if not 3 <= sites <= LARGEST_COHORT:
         raise UsageError(
-            f"A cohort of {sites} sites cannot be; allowed are 3 to {LARGEST_COHORT}. "
+            f"A roster of {sites} sites cannot be; allowed are 3 to {LARGEST_COHORT}. "
             "Of two sites each would learn the other's update from the sum."
         )
     quorum = 2 * sites // 3 + 1
@@ -98,7 +98,7 @@ def connections(sites: int) -> Connections:
 
 
 def survives(sites: int) -> int:
-    """Return how many dropouts a cohort survives: 0 of 3 sites, 1 of 4 or 5.
+    """Return how many dropouts a roster survives: 0 of 3 sites, 1 of 4 to 6.
 
     In the complete graph a quorum is all that is needed. On a circle every neighbourhood must keep its threshold, which
     is sure up to 2^-30 for a tenth of the sites only.

@@ -243,7 +243,7 @@ class Federation:
     )
     graph: str = setting(
         f"Who shares keys with whom. Above {COMPLETE_UP_TO} sites only {SEMI_HONEST} is possible; its guarantee holds "
-        "against an honest-but-curious server only. Smaller cohorts are complete with either.",
+        "against an honest-but-curious server only. Smaller rosters are complete with either.",
         default=COMPLETE,
         choices=(COMPLETE, SEMI_HONEST),
     )

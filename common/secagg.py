@@ -8,7 +8,7 @@ under a mask of its own and one for each neighbour, modulo the ring:
 
 In the sum the pair masks cancel. What is left, the self masks and the pair masks shared with sites that dropped out,
 the server takes off with secrets that a threshold of sites gives it, share by share. A site gives one kind of share
-for each peer, once, and only for a set of survivors that more than two thirds of the whole cohort have signed.
+for each peer, once, and only for a set of survivors that more than two thirds of the roster have signed.
 
     A advertise   two public keys, signed over what the round is
     B share       shares of b(u) and of the secret key behind s(u,·), sealed for each neighbour

@@ -43,6 +43,7 @@ def test_a_reserved_spend_is_on_disk_when_reserve_returns(tmp_path: Path) -> Non
         "format": "confide-spend/1",
         "event": "reserve",
         "start": START,
+        "roster": "",
         **dataclasses.asdict(spend(1)),
     }
 
@@ -198,6 +199,19 @@ def test_a_site_takes_part_again_only_in_a_round_that_has_its_vector_and_was_not
     assert found == admits
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["same process", "started anew"])
+def test_a_round_ends_under_the_roster_it_was_begun_under(tmp_path: Path, again: bool) -> None:
+    log = SpendLog(tmp_path / "spends.jsonl")
+    log.reserve(spend(1, noise="fresh"), START, "sha256:one")
+    log.bind(1, COMMITMENT)
+
+    found = SpendLog(tmp_path / "spends.jsonl") if again else log
+
+    found.admit(1, kept=True, roster="sha256:one")
+    with pytest.raises(Refused, match="another roster"):
+        found.admit(1, kept=True, roster="sha256:other")
+
+
 def test_a_refusal_says_which_way_the_round_went(tmp_path: Path) -> None:
     with pytest.raises(
         Refused, match=r"The sum of round 1 was opened with this site's help; that happens once a round"
@@ -277,7 +291,13 @@ def test_the_lines_below_are_damaged_by_what_was_changed_in_them(tmp_path: Path)
 
 
 def lines() -> list[bytes]:
-    base = {"format": "confide-spend/1", "event": "reserve", "start": START, **dataclasses.asdict(spend(2))}
+    base = {
+        "format": "confide-spend/1",
+        "event": "reserve",
+        "start": START,
+        "roster": "",
+        **dataclasses.asdict(spend(2)),
+    }
 
     def with_(**changes: object) -> bytes:
         return line({**base, **changes})
@@ -315,7 +335,7 @@ def lines() -> list[bytes]:
         event("open", round=2),
         event("open", round=1, extra=1),
         event("open"),
-        line({"format": "confide-spend/1", "start": START, **dataclasses.asdict(spend(2))}),
+        line({"format": "confide-spend/1", "start": START, "roster": "", **dataclasses.asdict(spend(2))}),
     ]
 
 

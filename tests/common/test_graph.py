@@ -191,7 +191,7 @@ def test_after_the_dropouts_that_a_cohort_survives_every_secret_can_be_opened(si
 
 @pytest.mark.parametrize("sites", [-1, 0, 1, 2, LARGEST_COHORT + 1])
 def test_a_cohort_that_cannot_be_is_refused(sites: int) -> None:
-    with pytest.raises(UsageError, match=f"A cohort of {sites} sites cannot be; allowed are 3 to 65536"):
+    with pytest.raises(UsageError, match=f"A roster of {sites} sites cannot be; allowed are 3 to 65536"):
         connections(sites)
 
 

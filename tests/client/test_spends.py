@@ -282,7 +282,7 @@ def event(name: str, **fields: object) -> bytes:
 def test_the_lines_below_are_damaged_by_what_was_changed_in_them(tmp_path: Path) -> None:
     path = tmp_path / "spends.jsonl"
     SpendLog(path).reserve(spend(1), START)
-    reserved = event("reserve", start=START, **dataclasses.asdict(spend(2)))
+    reserved = event("reserve", start=START, roster="", **dataclasses.asdict(spend(2)))
 
     with path.open("ab") as stream:
         stream.write(reserved + event("bind", round=1, commitment=COMMITMENT) + event("open", round=1))
@@ -325,7 +325,7 @@ def lines() -> list[bytes]:
         whole.replace(b'"steps":4', b'"steps":400,"steps":4'),
         with_(event="spend"),
         with_(event="bind"),
-        event("reserve", **dataclasses.asdict(spend(2))),
+        event("reserve", roster="", **dataclasses.asdict(spend(2))),
         event("bind", round=2, commitment=COMMITMENT),  # of a round that was not reserved
         event("bind", round=1),
         event("bind", commitment=COMMITMENT),

@@ -61,7 +61,7 @@ class Membership:
             raise Refused(f"Site {self.site} is offered a round whose cohort it is not in.")
         if graph == SEMI_HONEST and not (self.plan.federation.graph == graph and graph in self.allowed):
             raise Refused(
-                f"A cohort of {len(offer.cohort)} sites is summed over a {graph}, which withstands only a server that "
+                f"A roster of {attempt.connections.sites} sites is summed over a {graph}, which withstands only a server that "
                 "keeps to the protocol. Plan and site must both allow it by that word."
             )
         return SiteSide(attempt, self.site, self.identity, self.check)

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from confide.common.adapter import Floats
 from confide.common.attempt import Attempt
 from confide.common.crypto import Identity, Verifier, verify
-from confide.common.errors import MessageError
+from confide.common.errors import MessageError, Refused, RunError
 from confide.common.graph import SEMI_HONEST
 from confide.common.messages import (
     Advertisement,
@@ -174,7 +174,10 @@ class SecureSummation:
 
     def _attempt(self, task: Task) -> Attempt:
         offer = task.offer(self.roster.digest)
-        return Attempt.of(offer, self.roster, task.ring, task.plan.federation)
+        try:
+            return Attempt.of(offer, self.roster, task.ring, task.plan.federation)
+        except (MessageError, Refused) as error:
+            raise RunError(f"The run's sites do not fit the federation's roster. {error}") from None
 
 
 class Conversation:

@@ -320,7 +320,7 @@ class EvilServer:
             plan=self.plan.digest,
             round=number,
             attempt=attempt,
-            cohort=tuple(cohort or self.names),
+            cohort=tuple(self.names if cohort is None else cohort),
             roster=self.roster.digest,
             layout=LAYOUT.digest,
             ring=self.ring.digest,
@@ -362,7 +362,7 @@ class EvilServer:
 
     def honest(self, cohort: Iterable[str] | None = None) -> list[str]:
         """Return the honest sites of a cohort."""
-        return [site for site in cohort or self.names if site in self.hospitals]
+        return [site for site in (self.names if cohort is None else cohort) if site in self.hospitals]
 
 
 class Play:
@@ -391,7 +391,9 @@ class Play:
 
     def advertise(self, sites: Iterable[str] | None = None) -> dict[str, Message]:
         """Offer the attempt to these sites, all by default; take what they advertise, and what all puppets do."""
-        answers = {site: self.ask(site, self.offer) for site in self.server.honest(sites or self.cohort)}
+        answers = {
+            site: self.ask(site, self.offer) for site in self.server.honest(self.cohort if sites is None else sites)
+        }
         for site in self.server.puppets.keys() & set(self.cohort):
             answers[site] = self.server.puppets[site].side(self.attempt).advertise()
         for site, answer in answers.items():
@@ -406,7 +408,10 @@ class Play:
 
     def share(self, gathering: Gathering, sites: Iterable[str] | None = None) -> dict[str, Message]:
         """Have these sites and all puppets share in that context."""
-        answers = {site: self.ask(site, gathering.message) for site in self.server.honest(sites or self.cohort)}
+        answers = {
+            site: self.ask(site, gathering.message)
+            for site in self.server.honest(self.cohort if sites is None else sites)
+        }
         for site in self.server.puppets.keys() & set(self.cohort):
             side = self.server.puppets[site].side(self.attempt)
             side.advertise()
@@ -445,7 +450,7 @@ class Play:
         chosen = None if senders is None else tuple(senders)
         return {
             site: self.ask(site, self.start(gathering, self.inbox(gathering, site, chosen), adapter))
-            for site in self.server.honest(sites or self.cohort)
+            for site in self.server.honest(self.cohort if sites is None else sites)
         }
 
     def survivors(self, sites: Iterable[str]) -> bytes:
@@ -456,9 +461,11 @@ class Play:
         self, gathering: Gathering, sites: Iterable[str] | None = None, survivors: Iterable[str] | None = None
     ) -> dict[str, Message]:
         """Have these sites, all by default, confirm those survivors, all by default; and every puppet."""
-        raw = self.survivors(survivors or self.cohort)
+        raw = self.survivors(self.cohort if survivors is None else survivors)
         message = Survivors(context=gathering.ctx.hex(), sites=raw)
-        answers = {site: self.ask(site, message) for site in self.server.honest(sites or self.cohort)}
+        answers = {
+            site: self.ask(site, message) for site in self.server.honest(self.cohort if sites is None else sites)
+        }
         signed = self.signatures.setdefault((gathering.ctx, raw), {})
         for site, answer in answers.items():
             if isinstance(answer, Confirmation):
@@ -469,7 +476,7 @@ class Play:
 
     def opening(self, gathering: Gathering, survivors: Iterable[str] | None = None) -> Signatures:
         """Return the message that asks to open the sum of those survivors, with all their signatures at hand."""
-        raw = self.survivors(survivors or self.cohort)
+        raw = self.survivors(self.cohort if survivors is None else survivors)
         signed = sorted(self.signatures.get((gathering.ctx, raw), {}).items())
         return Signatures(
             context=gathering.ctx.hex(),
@@ -481,7 +488,7 @@ class Play:
     ) -> dict[str, Message]:
         """Have these sites, all by default, open the sum of those survivors, all by default."""
         message = self.opening(gathering, None if survivors is None else tuple(survivors))
-        return {site: self.ask(site, message) for site in self.server.honest(sites or self.cohort)}
+        return {site: self.ask(site, message) for site in self.server.honest(self.cohort if sites is None else sites)}
 
     def until(self, exchange: str) -> Gathering:
         """Play honestly, up to and with that exchange, and return the context."""

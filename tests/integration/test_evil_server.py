@@ -583,8 +583,7 @@ def test_of_two_attempts_at_a_round_at_most_one_is_opened(count: int, bad: int, 
         first.open(gathering, stays[:-1])  # one short, so that the last may still decide
         cohorts = [[*leaves, *server.puppets], list(server.names), leaves]
         for attempt, cohort in enumerate(cohorts, start=2):
-            if leaves:
-                attack(server.play(cohort, attempt=attempt), leaves)
+            attack(server.play(cohort, attempt=attempt), leaves)
         first.open(gathering, stays[-1:])
 
         assert len(completed(server)) <= 1
@@ -627,15 +626,11 @@ class Overlap:
         """Play the two attempts."""
         first = server.play(sorted([*self.first, *server.puppets]))
         gathering = first.until("confirm")
-        if self.told:
-            first.open(gathering, self.told)
+        first.open(gathering, self.told)
         second = server.play(sorted([*self.second, *server.puppets]), attempt=2)
         offered = [site for site in self.second if site not in self.stays]
-        if offered:
-            attack(second, offered)
-        late = [site for site in self.first if site not in (set(self.second) - set(self.stays))]
-        if late:
-            first.open(gathering, late)
+        attack(second, offered)
+        first.open(gathering, [site for site in self.first if site not in offered])
 
 
 def overlaps(honest: Sequence[str], each: int) -> Iterator[Overlap]:
@@ -699,7 +694,7 @@ def test_of_attempts_with_any_cohorts_and_signatures_withheld_from_anybody_at_mo
         held_back = data.draw(some)
         asked = [site for site in server.honest(cohort) if attempt == 1 or site not in held_back]
         play = server.play(cohort, attempt=attempt)
-        present = [site for site in taken(play.advertise(asked)) if site in asked] if asked else []
+        present = [site for site in taken(play.advertise(asked)) if site in asked]
         if not present:
             continue
         gathering = play.gathering()
@@ -708,8 +703,8 @@ def test_of_attempts_with_any_cohorts_and_signatures_withheld_from_anybody_at_mo
         play.confirm(gathering, present, [*present, *server.puppets])
         pending.append((play, gathering, present))
         withheld = data.draw(some)
-        if at_once := [site for site in present if site not in withheld]:
-            play.open(gathering, at_once, [*present, *server.puppets])
+        at_once = [site for site in present if site not in withheld]
+        play.open(gathering, at_once, [*present, *server.puppets])
     for play, gathering, present in data.draw(strategies.permutations(pending)):
         play.open(gathering, present, [*present, *server.puppets])
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from confide.client.agent import Agent
-from confide.common.errors import DataError, MessageError, Refused
+from confide.common.errors import DataError, MessageError, RunError
 from confide.common.messages import (
     Advertisement,
     Confirmation,
@@ -149,7 +149,7 @@ def test_another_attempt_is_for_those_who_answered_well_or_not_at_all_if_they_ca
 def test_a_cohort_below_the_rosters_quorum_is_not_even_asked(plan: Plan) -> None:
     sites = Sites(plan=plan, summation="real", names=tuple("abcdefg"), ring=WIDE)
 
-    with pytest.raises(Refused, match="offered to 4 of the 7 sites on the roster; at least 5 must be asked"):
+    with pytest.raises(RunError, match="offered to 4 of the 7 sites on the roster; at least 5 must be asked"):
         sites.run.summation.collect(sites, dataclasses.replace(task(sites), cohort=tuple("abcd")))
 
     assert sites.moments == []

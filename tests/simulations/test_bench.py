@@ -129,7 +129,7 @@ def test_a_process_of_its_own_measures_every_figure_that_the_page_names() -> Non
 
 
 def test_a_process_of_its_own_that_fails_gives_no_figure() -> None:
-    with pytest.raises(RunError, match=r"ended with 1: .*A cohort of 2 sites cannot be"):
+    with pytest.raises(RunError, match=r"ended with 1: .*A roster of 2 sites cannot be"):
         measure_alone(lambda _: None, dataclasses.replace(TINY, sites=2))
 
 

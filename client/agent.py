@@ -13,7 +13,7 @@ from confide.client.kept import Kept
 from confide.client.mechanism import Mechanism, Randomness, Trainer
 from confide.client.spends import SpendLog
 from confide.common.crypto import Keystream
-from confide.common.errors import ConfideError, DataError, PrivacyError, Refused
+from confide.common.errors import AdapterError, ConfideError, DataError, PrivacyError, Refused
 from confide.common.messages import (
     Advertisement,
     Confirmation,
@@ -185,13 +185,18 @@ class Agent:
     def _contribute(self, start: Start) -> Contribution:
         """Train once per round; a further attempt at that round masks the same vector again."""
         attending, (number, _) = self._present(), self._attempt
+        self._attending = None  # whatever fails from here on ends the attempt, and its keys with it
+        if len(start.adapter) != self._ring.length:
+            raise AdapterError(f"An adapter of {len(start.adapter)} numbers arrived; {self._ring.length} are due.")
         attending.admit(start)
-        vector = self._kept.get(number, self._ring)
+        vector = self._kept.get(number, self._ring, self.spends.commitment(number))
         if vector is None:
             vector = self._train(number, start)
         elif self.spends.start(number) != start.adapter_digest:
             raise Refused(f"Round {number} was trained from another adapter; it is trained once, from one adapter.")
-        return attending.mask(vector)
+        contribution = attending.mask(vector)
+        self._attending = attending
+        return contribution
 
     def _train(self, number: int, start: Start) -> RingVector:
         randomness = self._randomness(number)

@@ -12,11 +12,12 @@ from typing import Any
 
 from confide.common.accounting import Spend
 from confide.common.canonical import canonical_bytes
-from confide.common.disk import append
+from confide.common.disk import append, whole
 from confide.common.errors import PrivacyError, Refused
 
 FORMAT = "confide-spend/1"
 SEEDED = "insecure_seeded_noise"  # the one kind of draws that can be repeated
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, PrivacyError)
 
 
 @dataclasses.dataclass(slots=True)
@@ -43,15 +44,7 @@ class SpendLog:
         self._rounds: dict[int, _Round] = {}
         self._broken = False
         if path is not None and path.exists():
-            # A line that a crash cut short has no line break; were it taken, the next one would be written into it.
-            for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-                try:
-                    self._replay(line)
-                except (ValueError, TypeError, KeyError, AttributeError, RecursionError, PrivacyError):
-                    raise PrivacyError(
-                        f"Line {number} of the spend record {path} is damaged. Restore the file from a copy; without "
-                        "it what was spent is not known."
-                    ) from None
+            self._read(path)
 
     @property
     def spends(self) -> tuple[Spend, ...]:
@@ -61,6 +54,10 @@ class SpendLog:
     def start(self, number: int) -> str | None:
         """Return the digest of the adapter that round was trained from, or None if it was not trained."""
         return self._rounds[number].start if number in self._rounds else None
+
+    def commitment(self, number: int) -> str | None:
+        """Return the commitment to the vector of round `number`, or None if it has none."""
+        return self._rounds[number].bound if number in self._rounds else None
 
     def admit(self, number: int, *, kept: bool, roster: str = "") -> None:
         """Return if the site may take part in another attempt at round `number`.
@@ -137,6 +134,28 @@ class SpendLog:
         """
         self._write("open", "The sum is not opened with this site's help.", round=number)
         self._rounds[number].opened = True
+
+    def _read(self, path: Path) -> None:
+        lines = path.read_bytes().splitlines(keepends=True)
+        torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+        for number, line in enumerate(lines, start=1):
+            try:
+                self._replay(line)
+            except _UNREADABLE:
+                raise PrivacyError(
+                    f"Line {number} of the spend record {path} is damaged, so what was spent is not known. The site must "
+                    "leave this run. An older copy of the file would let it train and open rounds a second time."
+                ) from None
+        if torn:
+            # A crash cut it short. What it announces had not begun, for that waits until the line is on disk; yet a line
+            # that lacks nothing but its end is kept, since to count too much is safe.
+            try:
+                self._replay(torn + b"\n")
+                lines.append(torn + b"\n")
+            except _UNREADABLE:
+                pass
+            with whole(path) as draft:
+                draft.write_bytes(b"".join(lines))
 
     def _write(self, event: str, consequence: str, **fields: object) -> None:
         if self._path is None:

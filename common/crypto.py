@@ -210,17 +210,21 @@ def encapsulate(public: bytes) -> tuple[bytes, bytes]:
 
 
 def check_agreement_key(public: bytes) -> None:
-    """Return if somebody can agree on a secret with `public`, an X25519 public key.
+    """Return if `public` is an X25519 public key in its one spelling with which somebody can agree on a secret.
 
     Raises:
-        MessageError: It is malformed or of low order.
+        MessageError: It is malformed, of low order, or not below the field's prime: X25519 takes such numbers for others.
 
     Source: the list under "How do I validate Curve25519 public keys?" in Bernstein, "A state-of-the-art Diffie-Hellman
     function"; a test agrees with each.
     """
-    coordinate = int.from_bytes(_theirs("An X25519 public key", public, PUBLIC_BYTES), "little") % 2**255
-    if coordinate % _FIELD in _LOW_ORDER:
+    coordinate = int.from_bytes(_theirs("An X25519 public key", public, PUBLIC_BYTES), "little")
+    if coordinate % 2**255 % _FIELD in _LOW_ORDER:
         raise MessageError(_low_order(public))
+    if coordinate >= _FIELD:
+        raise MessageError(
+            f"The X25519 public key {_fingerprint(public)} is not in its one spelling, below 2^255 - 19."
+        )
 
 
 def derive(secret: bytes, info: bytes, length: int = KEY_BYTES) -> bytes:

@@ -64,8 +64,9 @@ def _leaves(plan: Plan) -> list[str]:
         "In each round a site sends one vector: the change of the trained numbers, computed from clipped and noised "
         f"gradients, written as {bits}-bit integers. It sends {bits // 8} bytes per trained number.",
         "The vector is masked: the server learns the sum of at least ⌊2n/3⌋ + 1 of the n sites on the roster, and of at "
-        f"least {federation.min_sites}; of one site it learns nothing but what the sum shows. Masks hold while fewer than a third "
-        "of the roster work together with the server; those can take their own parts out of the sum.",
+        f"least {federation.min_sites}; of one site it learns nothing but what the sum shows. Up to {COMPLETE_UP_TO} sites masks "
+        "hold while fewer than a third of the roster work together with the server; those can take their own parts out of "
+        "the sum.",
     ]
     if federation.graph == SEMI_HONEST and federation.max_sites > COMPLETE_UP_TO:
         among = connections(federation.max_sites)

@@ -395,7 +395,7 @@ class ServerSide:
 
     @property
     def suspects(self) -> tuple[str, ...]:
-        """The sites of which a share was wrong; known once the sum is open. It is no proof against any of them."""
+        """The sites that sent a wrong share. It is no proof against any of them: the dealer may have dealt it wrong."""
         return tuple(self._attempt.offer.cohort[point - 1] for point in sorted(self._suspects))
 
     def total(self) -> RingSum:
@@ -429,7 +429,6 @@ class ServerSide:
         try:
             secret, wrong = recover(shares, threshold, accept, self._suspects, self._combiners)
         except MessageError as error:
-            self._suspects.add(_point(place))
             raise MessageError(f"A secret of site {self._attempt.offer.cohort[place]} is lost: {error}") from None
         self._suspects |= wrong
         return secret

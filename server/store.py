@@ -30,7 +30,7 @@ class RoundRecord:
 
     Attributes:
         round: From 1.
-        attempts: How often the sum was tried.
+        attempts: How often the sum was tried since the server was last started.
         parent: Digest of the adapter before.
         adapter: Digest of the adapter after; the parent's if the round was void.
         moments: Digests of the server optimizer's memory after, by name.

@@ -167,7 +167,7 @@ class SecureSummation:
             present=present,
             void=void,
             again=() if talk.exchange == "open" else talk.willing(attempt.gathered),
-            missing=talk.missing | dict.fromkeys(side.suspects, "open: wrong shares"),
+            missing=dict.fromkeys(side.suspects, "open: wrong shares") | talk.missing,
             bytes_up=talk.bytes_up,
             bytes_down=talk.bytes_down,
         )

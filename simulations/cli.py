@@ -336,6 +336,8 @@ def _show(result: dict[str, Any], directory: Path) -> None:
     console.print(table)
     console.print()
     spending = ", ".join(f"{site} {epsilon:.2f}" for site, epsilon in result["epsilon"].items())
+    if len(result["epsilon"]) > 10 and len(set(result["epsilon"].values())) == 1:
+        spending = f"{spent:.2f} at each of {len(result['epsilon'])} sites"
     console.print(
         f"{result['status']}: {result['rounds']} rounds, {result['seconds']:.0f} s. Epsilon spent: {spending}."
     )
@@ -343,8 +345,15 @@ def _show(result: dict[str, Any], directory: Path) -> None:
         f"Each site sent {result['bytes_up_per_site_round'] / 1000:.1f} kB and received "
         f"{result['bytes_down_per_site_round'] / 1000:.1f} kB a round."
     )
-    if {record["summation"] for record in result["round_records"]} == {"secure_aggregation"}:
+    how = {record["summation"] for record in result["round_records"]}
+    if how == {"secure_aggregation"}:
         console.print("Updates were masked: the server could open the sum of each round, and nothing else.")
+    elif how == {"semi_honest_graph"}:
+        console.print(
+            "Updates were masked, over a sparse graph: that holds against a server that keeps to the protocol."
+        )
+    else:
+        console.print("Updates were not masked: whoever adds them sees each site's.")
     if result["weakened_by"]:
         console.print(f"This is a simulation, weakened by: {', '.join(result['weakened_by'])}.", style="yellow")
     if result["skipped"]:

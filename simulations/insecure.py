@@ -34,6 +34,7 @@ PLAIN_SUM = "insecure_plain_sum"
 class InsecurePlainSum:
     """Both ends of a sum without masks: the site sends its ring vector as it is, the server adds.
 
+    It needs `min_sites` sites and no quorum, so with dropouts it may sum rounds that secure aggregation voids.
     Of the exchanges only `advertise` and `contribute` take place. The word stands in the offer for the roster, so that
     neither end ever takes part in another's protocol by mistake.
     """

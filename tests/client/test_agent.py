@@ -281,12 +281,14 @@ def test_garbage_gets_a_fixed_sentence_and_the_agent_lives_on(
     assert isinstance(after, Contribution)
 
 
-def test_an_adapter_of_another_length_fails_without_details(
+def test_an_adapter_of_another_length_fails_without_details_costs_nothing_and_ends_the_attempt(
     agent: Agent, model: AdaptedModel, ring: RingLayout
 ) -> None:
     answer = contributed(agent, offer(model, ring), np.ones(3, np.float32))
 
     assert answer == Failure(error="AdapterError", sentence="The adapter offered does not fit the plan.")
+    assert agent.spends.spends == ()
+    assert agent._attending is None
 
 
 def test_one_message_is_answered_at_a_time(

@@ -310,8 +310,6 @@ def lines() -> list[bytes]:
         b"null\n",
         b"\xff\n",
         b"[" * 5000 + b"\n",
-        whole[:-20],
-        whole[:-1],  # cut short just before its line break
         whole + whole,
         with_(format="confide-spend/2"),
         with_(steps=-1),
@@ -346,5 +344,35 @@ def test_a_damaged_record_is_refused_whole(tmp_path: Path, case: int) -> None:
     with path.open("ab") as stream:
         stream.write(lines()[case])
 
-    with pytest.raises(PrivacyError, match=r"Line [23] of the spend record .* is damaged. Restore the file"):
+    with pytest.raises(
+        PrivacyError, match=r"Line [23] of the spend record .* is damaged, so what was spent is not known"
+    ):
         SpendLog(path)
+
+
+@pytest.mark.parametrize("left", [1, 20, -2])
+def test_a_last_line_that_a_crash_cut_short_never_happened(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "spends.jsonl"
+    SpendLog(path).reserve(spend(1, noise="fresh"), START)
+    sound = path.read_bytes()
+    path.write_bytes(sound + event("reserve", start=START, roster="", **dataclasses.asdict(spend(2)))[:left])
+
+    log = SpendLog(path)
+
+    assert log.spends == (spend(1, noise="fresh"),)
+    assert path.read_bytes() == sound
+    log.reserve(spend(2, noise="fresh"), START)
+    assert len(SpendLog(path).spends) == 2
+
+
+def test_a_last_line_that_lacks_nothing_but_its_end_counts(tmp_path: Path) -> None:
+    path = tmp_path / "spends.jsonl"
+    log = after(path, *EVENTS)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+
+    again = SpendLog(path)
+
+    assert again.spends == log.spends
+    assert path.read_bytes() == whole
+    assert not admitted(again, 1, kept=True)

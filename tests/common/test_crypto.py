@@ -118,6 +118,14 @@ def test_both_sides_agree_and_a_key_comes_back_from_its_secret(one: bytes, two: 
     assert AgreementKey(left.secret()).public == left.public
 
 
+@pytest.mark.parametrize("other", [lambda n: n + 2**255, lambda _: 9 + 2**255 - 19])
+def test_an_x25519_key_has_one_spelling(other: Callable[[int], int]) -> None:
+    public = other(int.from_bytes(AgreementKey.generate().public, "little")).to_bytes(32, "little")
+
+    with pytest.raises(MessageError, match="one spelling"):
+        check_agreement_key(public)
+
+
 @pytest.mark.parametrize("point", VECTORS["x25519_low_order"])
 @pytest.mark.parametrize("top_bit", [0, 0x80])  # X25519 ignores it
 def test_a_point_of_low_order_is_refused(point: str, top_bit: int) -> None:

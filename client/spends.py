@@ -74,8 +74,7 @@ class SpendLog:
                 trained for a sum under another roster: under two rosters two sums could be opened.
         """
         known = self._rounds.get(number)
-        if number < max(self._rounds, default=0):
-            raise Refused(f"Round {number} is offered after round {max(self._rounds)}; rounds do not go back.")
+        self._check_order(number)
         if known is None or known.spend.noise == SEEDED:
             return
         if known.opened:
@@ -105,8 +104,7 @@ class SpendLog:
             return
         if known is not None:
             raise Refused(f"Round {spend.round} was reserved before; a round is trained once, from one adapter.")
-        if spend.round < max(self._rounds, default=0):
-            raise Refused(f"Round {spend.round} is offered after round {max(self._rounds)}; rounds do not go back.")
+        self._check_order(spend.round)
         self._write("reserve", "Nothing was trained.", start=start, roster=roster, **dataclasses.asdict(spend))
         self._rounds[spend.round] = _Round(spend, start, roster)
 
@@ -134,6 +132,10 @@ class SpendLog:
         """
         self._write("open", "The sum is not opened with this site's help.", round=number)
         self._rounds[number].opened = True
+
+    def _check_order(self, number: int) -> None:
+        if number < max(self._rounds, default=0):
+            raise Refused(f"Round {number} is offered after round {max(self._rounds)}; rounds do not go back.")
 
     def _read(self, path: Path) -> None:
         lines = path.read_bytes().splitlines(keepends=True)

@@ -25,13 +25,12 @@ from confide.common.crypto import (
 from confide.common.errors import MessageError, Refused
 from confide.common.graph import Connections, connections, neighbourhoods
 from confide.common.messages import Offer, Peers
-from confide.common.plan import Federation
+from confide.common.plan import HYBRID, Federation
 from confide.common.ring import RingLayout
 from confide.common.roster import Roster
 from confide.common.shamir import SHARE_BYTES
 
 PROTOCOL = "confide-secagg/1"
-HYBRID = "x25519+ml-kem-768"
 LEAST_SITES = 3  # with two, each would learn the other's vector from the sum
 
 _PLACE = struct.Struct(">H")

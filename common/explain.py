@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from confide.common.accounting import noise_multiplier, planned_cost
 from confide.common.bounds import BOUND_PER_NORM, BOUND_PER_RMS, predicted
 from confide.common.graph import COMPLETE_UP_TO, CORRUPT, SEMI_HONEST, connections, survives
-from confide.common.plan import Plan, ring_sites, ring_steps, template_columns
+from confide.common.plan import X25519, Plan, ring_sites, ring_steps, template_columns
 
 
 def explain(plan: Plan) -> Iterator[tuple[str, list[str]]]:
@@ -81,7 +81,7 @@ def _leaves(plan: Plan) -> list[str]:
             f"The plan allows {SEMI_HONEST}, which is used with rosters of more than {COMPLETE_UP_TO} sites only; here it "
             "has no effect."
         )
-    if federation.key_agreement == "x25519":
+    if federation.key_agreement == X25519:
         sentences.append(
             "Keys are agreed with X25519. Whoever keeps the messages may unmask a site's vector, noised as it is, with a "
             "later quantum computer."

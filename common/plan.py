@@ -20,6 +20,7 @@ from confide.common.settings import Meaning, holds_control, read_section, settin
 
 FORMAT = "confide-plan/1"
 LARGEST_PLAN_BYTES = 1 << 20
+X25519, HYBRID = "x25519", "x25519+ml-kem-768"  # how the boxes that carry key shares are sealed
 LEAST_RING_STEPS = 127  # fewer, and a site whose update is much smaller than predicted would mostly send rounding
 _MOST_DOTS = 100  # in one key; the parser's time grows with their square
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -238,8 +239,8 @@ class Federation:
     key_agreement: str = setting(
         "How the boxes that carry key shares are sealed; the second withstands a later quantum computer for these boxes, "
         "not for the masks.",
-        default="x25519",
-        choices=("x25519", "x25519+ml-kem-768"),
+        default=X25519,
+        choices=(X25519, HYBRID),
     )
     graph: str = setting(
         f"Who shares keys with whom. Above {COMPLETE_UP_TO} sites only {SEMI_HONEST} is possible; its guarantee holds "

@@ -112,7 +112,8 @@ class SiteSide:
         self._keys: _Keys | None = _Keys(attempt, entropy)
         self._gathering: Gathering
         self._advertised = self._confirmed = b""  # what this site sent and signed
-        self._survivors: tuple[int, ...] = ()
+        self._survivors: frozenset[int] = frozenset()
+        self._listed = b""  # what this site and the other survivors sign
 
     def __repr__(self) -> str:
         return f"<SiteSide in round {self._attempt.offer.round}: {self._due} is due>"
@@ -213,8 +214,8 @@ class SiteSide:
             if self._place not in survivors:
                 raise Refused("This site is not among the survivors named, so it does not help to open their sum.")
             self._suffice(len(survivors), "are left", self._attempt.floor)
-            self._survivors = tuple(sorted(survivors))
-            self._confirmed = self._identity.sign(gathering.confirmed(message.sites))
+            self._survivors, self._listed = frozenset(survivors), gathering.confirmed(message.sites)
+            self._confirmed = self._identity.sign(self._listed)
             return Confirmation(context=gathering.ctx.hex(), signature=self._confirmed)
 
     def open(self, message: Signatures) -> Opening:
@@ -229,12 +230,11 @@ class SiteSide:
             self._same(message.context)
             signatures = read_records(message.signatures, _PLACE_BYTES + SIGNATURE_BYTES, self._attempt)
             self._suffice(len(signatures), "signed", self._attempt.floor)
-            due = gathering.confirmed(places(self._survivors))
             for place, signature in signatures.items():
                 if place not in self._survivors:
                     raise MessageError("A site that is no survivor signed the survivors.")
                 if (place, signature) != (self._place, self._confirmed):  # its own needs no check
-                    self._check(self._attempt.keys[place], due, signature)
+                    self._check(self._attempt.keys[place], self._listed, signature)
             shares = (
                 of_seed if peer in self._survivors else of_pair
                 for peer, (of_seed, of_pair) in sorted(keys.held.items())
@@ -300,7 +300,8 @@ class ServerSide:
         self._inboxes: dict[int, dict[int, bytes]] = {}  # by receiver, then by sender
         self._total: RingWords | None = None
         self._contributed: set[int] = set()
-        self._survivors: tuple[int, ...] = ()
+        self._survivors: frozenset[int] = frozenset()
+        self._listed = b""  # what the survivors sign
         self._signatures: dict[int, bytes] = {}
         self._opened: set[int] = set()
         self._shares: dict[int, dict[int, bytes]] = {}  # by owner of the secret, then by the point of the share
@@ -360,16 +361,16 @@ class ServerSide:
 
     def survivors(self) -> Survivors:
         """Return what every site in the sum is sent next."""
-        self._survivors = tuple(sorted(self._contributed))
-        return Survivors(context=self._gathering.ctx.hex(), sites=places(self._survivors))
+        self._survivors, sites = frozenset(self._contributed), places(sorted(self._contributed))
+        self._listed = self._gathering.confirmed(sites)
+        return Survivors(context=self._gathering.ctx.hex(), sites=sites)
 
     def confirmed(self, site: str, message: Confirmation) -> None:
         """Take a site's signature on the survivors."""
         place = self._of(site, self._signatures, message.context, self._gathering.ctx)
         if place not in self._survivors:
             raise MessageError(f"Site {site} signed survivors that it is not one of.")
-        due = self._gathering.confirmed(places(self._survivors))
-        self._check(self._attempt.keys[place], due, message.signature)
+        self._check(self._attempt.keys[place], self._listed, message.signature)
         self._signatures[place] = message.signature
 
     def signatures(self) -> Signatures:
@@ -409,10 +410,10 @@ class ServerSide:
             raise MessageError("No site's vector arrived, so there is no sum to open.")
         gathering = self._gathering
         masks: list[Mask] = []
-        for place in self._survivors:
+        for place in sorted(self._survivors):
             seed = self._secret(place, partial(self._is_seed, place))
             masks.append((derive(seed, gathering.own(place)), False))
-        for place in sorted(self._commitments.keys() - set(self._survivors)):
+        for place in sorted(self._commitments.keys() - self._survivors):
             if ends := [peer for peer in gathering.neighbours[place] if peer in self._survivors]:
                 lost = AgreementKey(self._secret(place, partial(self._is_pair_key, place)))
                 masks += [

@@ -28,11 +28,12 @@ from confide.common.ring import RingLayout
 from confide.server.aggregate import ServerState
 from confide.server.rounds import Run
 from confide.server.store import Store
-from confide.simulations.enrolment import REAL, Sums
+from confide.simulations.enrolment import Sums
 from confide.simulations.federation import run_in_process
 from confide.simulations.insecure import PLAIN_SUM, InsecureSeededNoise
 from confide.simulations.measurement import Figure, Note
 from confide.simulations.scenarios import demo_model, scenario
+from confide.simulations.setting import REAL
 
 FORMAT = "confide-bench/1"
 PARAMETERS = 300_000

@@ -15,8 +15,6 @@ from confide.server.summation import SecureSummation, Summation
 from confide.simulations.insecure import PLAIN_SUM, InsecurePlainSum
 from confide.simulations.setting import check_choices
 
-REAL = "real"
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Enrolment:

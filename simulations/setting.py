@@ -8,13 +8,15 @@ from confide.common.base import files_digest
 from confide.common.disk import whole
 from confide.common.errors import RunError, UsageError
 from confide.common.plan import load_plan
+from confide.simulations.insecure import PLAIN_SUM
 
 FORMAT = "confide-setting/1"
 # Types of the plain fields, checked when a setting is read back.
 _PLAIN = {"test_share": "float", "sites": "int", "seed": "int", "threads": "int", "alone": "bool", "compare": "bool"}
 SPLITS = ("column", "iid", "dirichlet", "quantity")
 ENGINES = ("in-process", "flower")
-SUMMATIONS = ("real", "insecure_plain_sum")
+REAL = "real"
+SUMMATIONS = (REAL, PLAIN_SUM)
 _CHOICES = {"split": SPLITS, "engine": ENGINES, "summation": SUMMATIONS}
 
 

@@ -26,7 +26,7 @@ from confide.client.mechanism import Delta, Mechanism, Randomness
 from confide.client.membership import Membership
 from confide.client.spends import SpendLog
 from confide.common.adapter import Floats, Layout
-from confide.common.attempt import HYBRID, LEAST_SITES, PROTOCOL, Attempt, Gathering, places
+from confide.common.attempt import LEAST_SITES, PROTOCOL, Attempt, Gathering, places
 from confide.common.canonical import canonical_bytes
 from confide.common.crypto import Identity, verify
 from confide.common.errors import MessageError, Refused
@@ -50,7 +50,7 @@ from confide.common.messages import (
     seal,
     vector_digest,
 )
-from confide.common.plan import Plan, load_plan
+from confide.common.plan import HYBRID, Plan, load_plan
 from confide.common.ring import RingLayout
 from confide.common.roster import Roster
 from confide.common.secagg import SiteSide

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from confide.common.attempt import HYBRID, Attempt
+from confide.common.attempt import Attempt
 from confide.common.canonical import canonical_bytes
 from confide.common.crypto import Identity, Keystream, Scratch, derive, verify
 from confide.common.graph import COMPLETE, COMPLETE_UP_TO, SEMI_HONEST, connections, neighbourhoods
 from confide.common.messages import Envelope, Message, Offer, open_envelope, seal, vector_digest
-from confide.common.plan import Federation
+from confide.common.plan import HYBRID, Federation
 from confide.common.ring import RingLayout, RingVector, RingWords
 from confide.common.roster import parse_roster
 from confide.common.secagg import ServerSide, SiteSide, apply_masks

@@ -1,7 +1,8 @@
 """Tables on disk: CSV, TSV, JSON lines, Parquet and saved Hugging Face datasets, read one row at a time.
 
 Whatever the format, a cell comes out as text, or as None if it has no value, so that the same table in two formats
-gives the same rows. Messages name files, columns, rows and types, and never what a cell holds.
+gives the same rows. Where a column may hold lists or bytes, a cell may also be a tuple of texts, or the bytes of a file.
+Messages name files, columns, rows and types, and never what a cell holds.
 """
 
 import csv
@@ -24,22 +25,27 @@ from confide.common.errors import DataError, MissingPackage
 
 LONGEST_LINE_BYTES = 16 << 20
 _ROWS_AT_ONCE = 512
+_FILES_AT_ONCE = 16  # rows whose cells may be whole files, such as images
 _MOST_NAMES_SHOWN = 30
 _LONGEST_NAME_SHOWN = 60
 
 # What a column may hold, by its use. An identifier is never a fraction: 7 and 7.0 would be two persons.
 Kinds = frozenset[str]
+Cell = str | tuple[str, ...] | bytes
 TEXT: Kinds = frozenset({"text"})
 IDENTIFIER: Kinds = frozenset({"text", "whole numbers"})
 LABEL: Kinds = frozenset({"text", "whole numbers", "true or false"})
 ANY: Kinds = frozenset({"text", "whole numbers", "true or false", "numbers", "dates"})
+NUMBER: Kinds = frozenset({"text", "whole numbers", "numbers"})
+WORDS: Kinds = frozenset({"text", "lists of text"})
+WORD_LABELS: Kinds = WORDS | {"lists of whole numbers"}
+IMAGE: Kinds = frozenset({"text", "bytes", "images"})  # text is the path of a file
 
 _PYTHON_KINDS = {
     str: "text",
     bool: "true or false",
     int: "whole numbers",
     float: "numbers",
-    list: "lists",
     dict: "objects",
 }
 _FORMATS = ".csv, .tsv, .jsonl, .ndjson (each also with .gz), .parquet, or a directory written by save_to_disk"
@@ -51,12 +57,13 @@ class Row(NamedTuple):
     Attributes:
         number: Its number in the table, from 1; a header does not count.
         line: The line of the file on which it begins, from 1; 0 if the format has no lines.
-        cells: Its cells, in the order in which the columns were asked for; None where there is no value.
+        cells: Its cells, in the order in which the columns were asked for; None where there is no value. Only a column
+            whose kinds say so has other cells than text: tuples of texts for lists, bytes for bytes and images.
     """
 
     number: int
     line: int
-    cells: tuple[str | None, ...]
+    cells: tuple[Cell | None, ...]
 
     @property
     def place(self) -> str:
@@ -68,8 +75,9 @@ def read_table(path: Path, columns: Mapping[str, Kinds]) -> Iterator[Row]:
     """Yield the rows of the table `path`, without ever holding more than a few of them.
 
     Whole numbers are written plainly, fractions by their shortest spelling, truth values as `true` and `false`, dates
-    as 2024-12-31; a number that stands for a ClassLabel becomes its name. Null and NaN are no value. In CSV and TSV
-    every cell is text as it stands, and an empty one is no value.
+    as 2024-12-31; a number that stands for a ClassLabel becomes its name. Null and NaN are no value, nor is a list that
+    holds one. In CSV and TSV every cell is text as it stands, and an empty one is no value. An image of a saved dataset
+    is its bytes, or if it has none its path.
 
     Args:
         path: A file of a known suffix, or a directory written by `save_to_disk`.
@@ -191,23 +199,31 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return record
 
 
-def _json_cell(path: Path, line: int, record: dict[str, object], column: str, kinds: Kinds) -> str | None:
+def _json_cell(path: Path, line: int, record: dict[str, object], column: str, kinds: Kinds) -> Cell | None:
     value = record.get(column)
-    cell = _spelled(value)
-    if cell is None:
+    if value is None or _spelled(value) is None:
         return None
-    found = _PYTHON_KINDS[type(value)]
+    found = _json_kind(value)
     if found not in kinds:
         raise _wrong_kind(path, column, f"{found} (first in line {line})", kinds)
-    if not cell.isascii():
+    cell = _listed_cell(value) if isinstance(value, list) else _spelled(value)
+    characters = cell if isinstance(cell, str) else "".join(cell or ())
+    if not characters.isascii():
         try:
-            cell.encode()
+            characters.encode()
         except UnicodeEncodeError:
             raise DataError(
                 f"{path}: line {line}, column {column!r} holds half of a surrogate pair, which is no character. "
                 "Write the file as UTF-8."
             ) from None
     return cell
+
+
+def _json_kind(value: object) -> str:
+    if not isinstance(value, list):
+        return _PYTHON_KINDS[type(value)]
+    kinds = {type(entry) for entry in value if entry is not None} or {str}
+    return f"lists of {_PYTHON_KINDS[kinds.pop()]}" if kinds in ({str}, {int}) else "lists of other values"
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -252,7 +268,7 @@ def _read_parquet(path: Path, columns: Mapping[str, Kinds]) -> Iterator[Row]:
     except (OSError, pyarrow.ArrowException):
         raise DataError(f"{path} is not Parquet, or is damaged or encrypted. Write it anew.") from None
     with file:
-        batches = file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(columns))
+        batches = file.iter_batches(batch_size=_rows_at_once(columns), columns=list(columns))
         yield from _arrow_rows(path, file.schema_arrow, batches, columns)
 
 
@@ -271,8 +287,12 @@ def _read_saved(path: Path, columns: Mapping[str, Kinds]) -> Iterator[Row]:
                 "Give the directory of one split."
             )
         saved = next(iter(saved.values()))
-    batches = saved.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)
+    batches = saved.with_format("arrow").iter(batch_size=_rows_at_once(columns))
     yield from _arrow_rows(path, saved.features.arrow_schema, batches, columns)
+
+
+def _rows_at_once(columns: Mapping[str, Kinds]) -> int:
+    return _FILES_AT_ONCE if any("bytes" in kinds for kinds in columns.values()) else _ROWS_AT_ONCE
 
 
 def _arrow_rows(
@@ -286,7 +306,9 @@ def _arrow_rows(
     _check_columns(path, schema.names, columns)
     classes = {column: _class_names(schema, column) for column in columns}
     for column, kinds in columns.items():
-        found = _arrow_kind(schema.field(column).type) if classes[column] is None else "text"
+        found = _arrow_kind(schema.field(column).type)
+        if classes[column] is not None:
+            found = found.replace("whole numbers", "text")
         if found != "nothing" and found not in kinds:
             raise _wrong_kind(path, column, found, kinds)
     number = 0
@@ -305,14 +327,15 @@ def _arrow_rows(
 
 
 def _class_names(schema: Any, column: str) -> list[str] | None:  # noqa: ANN401  pyarrow has no types
-    """Return the names of a ClassLabel column as Hugging Face datasets store them in a schema, or None."""
-    if not _package("pyarrow").types.is_integer(schema.field(column).type):
+    """Return the names of a ClassLabel column, or of one of lists of them, as Hugging Face datasets keep them, or None."""
+    if _arrow_kind(schema.field(column).type) not in {"whole numbers", "lists of whole numbers"}:
         return None
     try:
         feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
+        feature = feature.get("feature", feature)
         if feature["_type"] == "ClassLabel":
             return [str(name) for name in feature["names"]]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         pass
     return None
 
@@ -331,20 +354,61 @@ def _arrow_kind(kind: Any) -> str:  # noqa: ANN401, PLR0911  pyarrow has no type
         return "numbers"
     if is_a.is_date(kind):
         return "dates"
+    if is_a.is_binary(kind) or is_a.is_large_binary(kind) or is_a.is_binary_view(kind):
+        return "bytes"
+    if is_a.is_struct(kind) and {field.name: _arrow_kind(field.type) for field in kind} in _IMAGE_FIELDS:
+        return "images"
+    if _is_list(kind):
+        found = _arrow_kind(kind.value_type).replace("nothing", "text")  # lists of nothing are empty
+        if found in {"text", "whole numbers"}:
+            return f"lists of {found}"
     return "nothing" if is_a.is_null(kind) else f"values of type {_cut(str(kind))}"
 
 
-def _arrow_cells(array: Any, names: list[str] | None) -> list[str | None]:  # noqa: ANN401  pyarrow has no types
-    values = array.to_pylist()
-    if names is not None:
-        # -1 is how a ClassLabel says that there is none.
-        return [names[value] if value is not None and 0 <= value < len(names) else None for value in values]
+# How Hugging Face datasets keep an image; either part may be absent from a row, and then from all of them.
+_IMAGE_FIELDS = (
+    {"bytes": "bytes", "path": "text"},
+    {"bytes": "nothing", "path": "text"},
+    {"bytes": "bytes", "path": "nothing"},
+    {"bytes": "bytes"},
+)
+
+
+def _is_list(kind: Any) -> bool:  # noqa: ANN401  pyarrow has no types
     is_a = _package("pyarrow").types
+    return bool(is_a.is_list(kind) or is_a.is_large_list(kind) or is_a.is_fixed_size_list(kind))
+
+
+def _arrow_cells(array: Any, names: list[str] | None) -> Sequence[Cell | None]:  # noqa: ANN401  pyarrow has no types
+    values = array.to_pylist()
+    is_a = _package("pyarrow").types
+    if _is_list(array.type):
+        named = [
+            value if value is None or names is None else [_class_name(entry, names) for entry in value]
+            for value in values
+        ]
+        return [None if value is None else _listed_cell(value) for value in named]
+    if names is not None:
+        return [_class_name(value, names) for value in values]
+    if is_a.is_binary(array.type) or is_a.is_large_binary(array.type) or is_a.is_binary_view(array.type):
+        return list(values)
+    if is_a.is_struct(array.type):
+        return [None if value is None else value["bytes"] or value.get("path") for value in values]
     if is_a.is_float32(array.type) or is_a.is_float16(array.type):
         # The shortest spelling of 0.1 in single precision is 0.1; widened to double it would be 0.10000000149.
         narrow = np.float32 if is_a.is_float32(array.type) else np.float16
         values = [None if value is None else float(str(narrow(value))) for value in values]
     return [_spelled(value) for value in values]
+
+
+def _class_name(value: int | None, names: list[str]) -> str | None:
+    """Return the name that `value` stands for; -1 is how a ClassLabel says that there is none."""
+    return names[value] if value is not None and 0 <= value < len(names) else None
+
+
+def _listed_cell(entries: Sequence[object]) -> tuple[str, ...] | None:
+    spelled = [_spelled(entry) for entry in entries]
+    return None if None in spelled else tuple(entry for entry in spelled if entry is not None)
 
 
 def _spelled(value: object) -> str | None:

@@ -24,6 +24,8 @@ _DECISIVE = (
     "spiece.model",
     "sentencepiece.bpe.model",
     "model.safetensors.index.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
 )
 
 

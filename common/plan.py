@@ -22,6 +22,30 @@ FORMAT = "confide-plan/1"
 LARGEST_PLAN_BYTES = 1 << 20
 X25519, HYBRID = "x25519", "x25519+ml-kem-768"  # how the boxes that carry key shares are sealed
 LEAST_RING_STEPS = 127  # fewer, and a site whose update is much smaller than predicted would mostly send rounding
+# What a task may be, and what its results can be judged by; the first score is the usual one.
+TEXT_CLASSES, IMAGE_CLASSES, TOKEN_CLASSES = "text-classification", "image-classification", "token-classification"
+REGRESSION, CAUSAL, INSTRUCTION, MASKED = "regression", "causal-lm", "instruction", "masked-lm"
+SCORES = {
+    TEXT_CLASSES: ("macro-f1", "accuracy", "auroc"),
+    IMAGE_CLASSES: ("macro-f1", "accuracy", "auroc"),
+    TOKEN_CLASSES: ("macro-f1", "accuracy"),
+    REGRESSION: ("r2", "mae"),
+    CAUSAL: ("perplexity", "accuracy"),
+    INSTRUCTION: ("perplexity", "accuracy"),
+    MASKED: ("perplexity", "accuracy"),
+}
+CLASSES = (TEXT_CLASSES, IMAGE_CLASSES, TOKEN_CLASSES)  # the tasks that have labels
+LANGUAGE = (CAUSAL, INSTRUCTION, MASKED)  # the tasks whose answers are tokens of the model's own vocabulary
+_USUAL_COLUMNS = {
+    TEXT_CLASSES: ("label", "text"),
+    IMAGE_CLASSES: ("label", "image"),
+    TOKEN_CLASSES: ("label", "text"),
+    REGRESSION: ("label", "text"),
+    CAUSAL: ("text",),
+    INSTRUCTION: ("answer", "text"),
+    MASKED: ("text",),
+}
+FFA, ALTERNATE, FEDIT, SHARE_A, R_ONLY = "ffa", "alternate", "fedit", "share-a", "r-only"
 _MOST_DOTS = 100  # in one key; the parser's time grows with their square
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -46,9 +70,14 @@ class Model:
     )
     pooling: str = setting(
         "What the head reads: what the model's own classifier class gives it, or the mean over all tokens, which suits "
-        "sentence encoders.",
+        "sentence encoders. Only text-classification and regression know the mean.",
         default="own",
         choices=("own", "mean"),
+    )
+    quantization: str = setting(
+        "How the frozen base is kept: as it is, or in 4-bit NormalFloat, which needs a GPU and the package bitsandbytes.",
+        default="none",
+        choices=("none", "nf4"),
     )
 
 
@@ -57,9 +86,11 @@ class Adapter:
     """`[adapter]`: what is trained."""
 
     method: str = setting(
-        "How the low-rank factors are trained. ffa: A is fixed by the seed and never sent; B and the head are trained.",
-        default="ffa",
-        choices=("ffa",),
+        "Which of the low-rank factors are trained. ffa: B, while A is fixed by the seed and never sent. fedit: A and B. "
+        "alternate: B in odd rounds, A in even ones. share-a: A and B, of which B stays at the site. r-only: a small matrix R "
+        "between fixed factors. The head, if the task has one, is trained with all of them.",
+        default=FFA,
+        choices=(FFA, ALTERNATE, FEDIT, SHARE_A, R_ONLY),
     )
     rank: int = setting("The rank r of the adapter's factors.", default=8, at_least=1, at_most=256)
     alpha: float = setting("LoRA's scale: the adapter adds alpha / rank × B A.", default=16.0, above=0, at_most=4096)
@@ -92,27 +123,65 @@ class Adapter:
 class Task:
     """`[task]`: what is learned and how it is scored."""
 
-    kind: str = setting(
-        "What kind of answer is learned.", default="text-classification", choices=("text-classification",)
-    )
+    kind: str = setting("What kind of answer is learned.", default=TEXT_CLASSES, choices=tuple(SCORES))
     labels: tuple[str, ...] = setting(
-        "The label names, in the order of the model's outputs.",
-        at_least=2,
+        "The label names, in the order of the model's outputs; only tasks that classify have them.",
+        default=(),
         at_most=10_000,
         example=["negative", "positive"],
     )
-    score: str = setting(
-        "The score that decides; accuracy is always shown beside it.",
-        default="macro-f1",
-        choices=("accuracy", "macro-f1", "auroc"),
+    score: str | None = setting(
+        "The score that decides; if absent, the usual one of the kind of task.",
+        default=None,
+        choices=tuple(sorted({score for scores in SCORES.values() for score in scores})),
     )
+    center: float = setting(
+        "Regression only: a public number that is subtracted from every answer before it is learned.",
+        default=0.0,
+        at_least=-1e12,
+        at_most=1e12,
+    )
+    scale: float = setting(
+        "Regression only: the public number by which answers are then divided, so that they are about 1 in size.",
+        default=1.0,
+        above=0,
+        at_most=1e12,
+    )
+    mask_rate: float = setting(
+        "masked-lm only: the share of a text's tokens that are hidden and learned.", default=0.15, above=0, at_most=0.5
+    )
+
+    @property
+    def decides(self) -> str:
+        """The score that decides."""
+        return self.score or SCORES[self.kind][0]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
     """`[data]`: how a site's table is read."""
 
-    label: str = setting("The column that holds the label name.", at_least=1, at_most=200, example="label")
+    label: str | None = setting(
+        "The column that holds the label name, a label name for each word, or the number to predict.",
+        default=None,
+        at_least=1,
+        at_most=200,
+    )
+    answer: str | None = setting(
+        "instruction only: the column that holds the answer to learn; the text is the prompt.",
+        default=None,
+        at_least=1,
+        at_most=200,
+    )
+    system: str | None = setting(
+        "instruction only: what the model is told before every prompt.", default=None, at_least=1, at_most=10_000
+    )
+    image: str | None = setting(
+        "image-classification only: the column that holds the image, or its path beside the table.",
+        default=None,
+        at_least=1,
+        at_most=200,
+    )
     text: str | None = setting(
         "The column that holds the text; give this or `template`.", default=None, at_least=1, at_most=200
     )
@@ -143,12 +212,14 @@ class Data:
         choices=("refuse", "skip"),
     )
     on_unknown_label: str = setting(
-        "What a label outside [task] labels does: refuse the table, or skip the row and count it.",
+        "What a label that cannot be used does, be it outside [task] labels, no number, or one of more or fewer than "
+        "there are words: refuse the table, or skip the row and count it.",
         default="refuse",
         choices=("refuse", "skip"),
     )
     on_empty_text: str = setting(
-        "What a text of white space only does: refuse the table, or skip the row and count it.",
+        "What a row with nothing to read or to learn does, be it a text of white space only, an image that cannot be read "
+        "or an answer wholly beyond max_tokens: refuse the table, or skip the row and count it.",
         default="refuse",
         choices=("refuse", "skip"),
     )
@@ -205,6 +276,13 @@ class Training:
     )
     learning_rate: float = setting("The step size of the adapter.", default=2e-3, above=0, at_most=100)
     head_learning_rate: float = setting("The step size of the head.", default=1e-2, above=0, at_most=100)
+    proximal: float = setting(
+        "FedProx's μ: how strongly a site is drawn back to the round's start. It looks at no row, so it acts outside the "
+        "clipped and noised gradient.",
+        default=0.0,
+        at_least=0,
+        at_most=1e6,
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,9 +334,33 @@ class Compute:
 
     device: str = setting("Where to train.", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     threads: int = setting("Processor threads; 0 leaves it to torch.", default=0, at_least=0, at_most=1024)
-    micro_batch: int = setting("Rows that go through the model at once.", default=64, at_least=1, at_most=65_536)
-    cache_prefix: bool = setting(
-        "Whether the layers below the adapters are computed once and kept in memory.", default=True
+    micro_batch: int = setting(
+        "The most rows that go through the model at once; fewer do if memory_mb asks for it.",
+        default=64,
+        at_least=1,
+        at_most=65_536,
+    )
+    memory_mb: int = setting(
+        "About how much memory the rows that go through the model at once may take, in MiB.",
+        default=2048,
+        at_least=16,
+        at_most=1 << 20,
+    )
+    precision: str = setting(
+        "The numbers the frozen base computes with; trained numbers and norms are always float32.",
+        default="float32",
+        choices=("float32", "bfloat16"),
+    )
+    gradient_checkpointing: bool = setting(
+        "Whether layers are computed again on the way back instead of kept: less memory, about a third more time.",
+        default=False,
+    )
+    cache_prefix: bool = setting("Whether the layers below the adapters are computed once and kept.", default=True)
+    cache_mb: int = setting(
+        "How much memory what they give may take, in MiB; what does not fit goes to an encrypted temporary file.",
+        default=8192,
+        at_least=0,
+        at_most=1 << 20,
     )
 
 
@@ -373,24 +475,15 @@ def _head_faults(tree: dict[str, object]) -> Iterator[str]:
 
 def _contradictions(plan: Plan) -> Iterator[str]:
     """Yield what is wrong between settings that are each fine alone."""
-    data, privacy, federation = plan.data, plan.privacy, plan.federation
+    privacy, federation = plan.privacy, plan.federation
     if not _DIGEST.fullmatch(plan.model.base_digest):
         yield (
             "[model] base_digest must be sha256: and 64 hexadecimal digits. "
             "`confide plan new --model DIR` computes it from the model's files."
         )
-    if (data.text is None) == (data.template is None):
-        yield "[data] needs exactly one of `text` (a column) and `template` (a row turned into text)."
-    if data.text_pair is not None and data.text is None:
-        yield "[data] text_pair goes with `text`, not with `template`."
-    if data.text_pair is not None and data.text_pair == data.text:
-        yield f"[data] text_pair names the column {data.text!r}, which is already the text. Remove it."
-    if data.template is not None:
-        yield from _template_faults(data)
-    if data.label in {data.text, data.text_pair}:
-        yield f"[data] label and text name the same column {data.label!r}: the model would be shown the answer."
-    if data.person_id is not None and data.person_id in {data.label, data.text, data.text_pair}:
-        yield f"[data] person_id names the column {data.person_id!r}, which is already the label or the text."
+    yield from _task_faults(plan)
+    yield from _column_faults(plan)
+    yield from _method_faults(plan)
     if privacy.delta * privacy.min_persons >= 1:
         yield (
             f"[privacy] delta = {privacy.delta:g} is not below 1 / min_persons = {1 / privacy.min_persons:g}: with it, "
@@ -408,6 +501,102 @@ def _contradictions(plan: Plan) -> Iterator[str]:
     if federation.server_momentum is not None and federation.server_optimizer == "fedavg":
         yield "[federation] server_momentum has no effect on fedavg. Remove it, or choose fedavgm or fedadam."
     yield from _summation_faults(federation)
+
+
+def _task_faults(plan: Plan) -> Iterator[str]:
+    """Yield what does not suit the kind of task, apart from columns."""
+    task, kind = plan.task, plan.task.kind
+    if kind in CLASSES and len(task.labels) < 2:
+        yield (
+            f"[task] labels has {len(task.labels)} entries, and needs at least 2: {kind} chooses among them. "
+            f"Name every label, in the order of the model's outputs{_for_example(Task, 'labels')}."
+        )
+    if kind not in CLASSES and task.labels:
+        yield f"[task] labels has no effect: {kind} does not choose among labels. Remove it."
+    if task.decides not in SCORES[kind]:
+        yield f'[task] score = "{task.score}" does not judge {kind}. Choose one of {", ".join(SCORES[kind])}.'
+    for key, only in (("center", REGRESSION), ("scale", REGRESSION), ("mask_rate", MASKED)):
+        if kind != only and getattr(task, key) != _default(Task, key):
+            yield f"[task] {key} has no effect on {kind}; it belongs to {only}. Remove it."
+    if plan.model.pooling == "mean" and kind not in {TEXT_CLASSES, REGRESSION}:
+        yield (
+            f'[model] pooling = "mean" has no effect on {kind}, whose head reads no pooled vector. '
+            'Set it to "own"; only text-classification and regression know the mean.'
+        )
+
+
+def _column_faults(plan: Plan) -> Iterator[str]:
+    """Yield what is wrong with the columns: too few or too many for the kind of task, or one used twice."""
+    data, kind = plan.data, plan.task.kind
+    yield from _text_faults(data, kind)
+    for key, kinds, what in (
+        ("label", (*CLASSES, REGRESSION), "the column that holds what is to be told"),
+        ("answer", (INSTRUCTION,), "the column that holds the answer to learn"),
+        ("image", (IMAGE_CLASSES,), "the column that holds the image, or its path beside the table"),
+    ):
+        if kind in kinds and getattr(data, key) is None:
+            yield f'[data] lacks `{key}`, which {kind} needs: {what}. Add it, for example: {key} = "{key}".'
+        elif kind not in kinds and getattr(data, key) is not None:
+            yield f"[data] {key} has no effect on {kind}. Remove it."
+    if data.system is not None and kind != INSTRUCTION:
+        yield f"[data] system has no effect on {kind}; it belongs to {INSTRUCTION}. Remove it."
+    shown_columns = {name: getattr(data, name) for name in ("text", "text_pair", "image") if getattr(data, name)}
+    for key in ("label", "answer"):
+        column = getattr(data, key)
+        for name in [name for name, other in shown_columns.items() if column is not None and other == column][:1]:
+            what = "text" if name == "text_pair" else name
+            yield f"[data] {key} and {what} name the same column {column!r}: the model would be shown the answer."
+    if data.person_id is not None and data.person_id in {data.label, data.answer, *shown_columns.values()}:
+        yield f"[data] person_id names the column {data.person_id!r}, which is already the label or the text."
+
+
+def _text_faults(data: Data, kind: str) -> Iterator[str]:
+    if kind == IMAGE_CLASSES:
+        for key in ("text", "text_pair", "template"):
+            if getattr(data, key) is not None:
+                yield f"[data] {key} has no effect on {kind}, which reads the column `image` only. Remove it."
+        return
+    if kind == TOKEN_CLASSES and data.template is not None:
+        yield f"[data] template does not suit {kind}: each word needs a label. Name the column of the words as `text`."
+    elif (data.text is None) == (data.template is None):
+        yield "[data] needs exactly one of `text` (a column) and `template` (a row turned into text)."
+    if data.text_pair is not None and kind not in {TEXT_CLASSES, REGRESSION}:
+        yield f"[data] text_pair has no effect on {kind}; it belongs to {TEXT_CLASSES} and {REGRESSION}. Remove it."
+    elif data.text_pair is not None and data.text is None:
+        yield "[data] text_pair goes with `text`, not with `template`."
+    elif data.text_pair is not None and data.text_pair == data.text:
+        yield f"[data] text_pair names the column {data.text!r}, which is already the text. Remove it."
+    if data.template is not None:
+        yield from _template_faults(data)
+
+
+def _method_faults(plan: Plan) -> Iterator[str]:
+    """Yield the combinations of algorithms that would not do what their names say."""
+    method, privacy, optimizer = plan.adapter.method, plan.privacy, plan.federation.server_optimizer
+    if method == ALTERNATE and optimizer != "fedavg":
+        yield (
+            f'[adapter] method = "{ALTERNATE}" does not go with server_optimizer = "{optimizer}": the server\'s momentum '
+            "would go on moving the factor that rests in a round. Choose fedavg, or another method."
+        )
+    if method == ALTERNATE and privacy.rounds < 2:
+        yield (
+            f'[adapter] method = "{ALTERNATE}" with rounds = {privacy.rounds} would never train A, whose turn is the second '
+            f'round. Set rounds to at least 2, or choose "{FFA}".'
+        )
+    if plan.training.proximal and privacy.steps_per_round == 1:
+        yield (
+            f"[training] proximal = {plan.training.proximal:g} has no effect with steps_per_round = 1: at a round's first "
+            "step a site still stands where the round began, so nothing draws it back. Remove it, or take more steps."
+        )
+
+
+def _default(section: type, key: str) -> object:
+    return next(field.default for field in dataclasses.fields(section) if field.name == key)
+
+
+def _for_example(section: type, key: str) -> str:
+    meaning: Meaning = next(field.metadata["meaning"] for field in dataclasses.fields(section) if field.name == key)
+    return f", for example: {key} = {toml_value(meaning.example)}"
 
 
 def _summation_faults(federation: Federation) -> Iterator[str]:
@@ -456,8 +645,11 @@ def _template_faults(data: Data) -> Iterator[str]:
         return
     if not columns:
         yield "[data] template names no column: every row would have the same text. Write {column} for a column."
-    if data.label in columns:
-        yield f"[data] template shows the label column {data.label!r}: the model would be shown the answer."
+    for key in ("label", "answer"):
+        if getattr(data, key) in columns:
+            yield (
+                f"[data] template shows the {key} column {getattr(data, key)!r}: the model would be shown the answer."
+            )
     if data.person_id in columns:
         yield f"[data] template shows the person_id column {data.person_id!r}: the model would learn who is who."
 
@@ -500,22 +692,32 @@ def _spelled(value: object) -> str:
     return "absent" if value is None else toml_value(value)
 
 
-def starter(name: str, base: str, base_digest: str, targets: Sequence[str]) -> str:
-    """Return a commented plan that is valid as it stands: every key, its meaning, its range and its default."""
+def starter(name: str, base: str, base_digest: str, targets: Sequence[str], kind: str = TEXT_CLASSES) -> str:
+    """Return a commented plan that is valid as it stands: every key, its meaning, its range and its default.
+
+    Args:
+        name: The plan's name.
+        base: The base model's public name.
+        base_digest: The digest of the base model's files.
+        targets: The modules that carry adapters.
+        kind: The kind of task, one of SCORES; it decides which columns are named and whether there are labels.
+    """
     lines = [
         "# A Confide plan: what is trained, on what, under which guarantee. Check it with: confide plan check",
         f'format = "{FORMAT}"',
         f"name = {toml_value(name)}",
         'purpose = "Say here, for those who approve it, why this is trained."',
     ]
-    given = {"base": base, "base_digest": base_digest, "targets": targets, "text": "text"}
+    given: dict[str, object] = {"base": base, "base_digest": base_digest, "targets": targets, "kind": kind}
+    given |= {column: column for column in _USUAL_COLUMNS[kind]}
     for section_name, section in _SECTIONS.items():
         lines += ["", f"[{section_name}]"]
         for field in dataclasses.fields(section):
             meaning: Meaning = field.metadata["meaning"]
             limit = f" ({meaning.limit})" if meaning.limit else ""
             lines.append(f"# {meaning.says}{limit}")
-            value = given.get(field.name, meaning.example if field.default is dataclasses.MISSING else field.default)
+            wanted = field.default is dataclasses.MISSING or (field.name == "labels" and kind in CLASSES)
+            value = given.get(field.name, meaning.example if wanted else field.default)
             lines.append(f"# {field.name} =" if value is None else f"{field.name} = {toml_value(value)}")
     return "\n".join(lines) + "\n"
 

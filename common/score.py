@@ -1,4 +1,6 @@
-"""How good predictions are: accuracy, macro-F1 and AUROC, from class probabilities."""
+"""How good predictions are: of classes, of a label at each token, of language and of numbers."""
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -6,20 +8,72 @@ import numpy.typing as npt
 from confide.common.adapter import Floats
 from confide.common.examples import Ints
 
+_LARGEST_EXPONENT = 700.0  # e^700 is near the largest float; a worse model is no worse in any way that matters
+_LOWER_IS_BETTER = frozenset({"perplexity", "mae"})
 
-def scores(probabilities: Floats, labels: Ints) -> dict[str, float]:
-    """Return every score by name; each is between 0 and 1, and higher is better.
+
+def higher_is_better(score: str) -> bool:
+    """Return whether a higher value of this score is the better one; of perplexity and mae the lower one is."""
+    return score not in _LOWER_IS_BETTER
+
+
+def class_scores(probabilities: Floats, labels: Ints) -> dict[str, float]:
+    """Return accuracy, macro-F1 and AUROC by name; each is between 0 and 1, and higher is better.
 
     Args:
         probabilities: (rows, classes), each row summing to 1; at least one row.
         labels: True classes, (rows,).
     """
     guesses = probabilities.argmax(axis=1)
+    return token_class_scores(guesses, labels, probabilities.shape[1]) | {"auroc": auroc(probabilities, labels)}
+
+
+def token_class_scores(guesses: Ints, labels: Ints, classes: int) -> dict[str, float]:
+    """Return accuracy and macro-F1 by name; each is between 0 and 1, and higher is better.
+
+    Every word counts once, on its own: this is not the score of whole spans of words.
+
+    Args:
+        guesses: Guessed classes of all words of all rows, flat, at least one.
+        labels: True classes, as many; IGNORED is left out already.
+        classes: How many classes there are.
+    """
+    return {"accuracy": float((guesses == labels).mean()), "macro-f1": macro_f1(guesses, labels, classes)}
+
+
+def language_scores(losses: npt.NDArray[np.float64], right: Ints, tokens: Ints) -> dict[str, float]:
+    """Return perplexity, of which lower is better, and accuracy, of which higher is better.
+
+    Perplexity is e to the mean loss per token, over all tokens of all rows, so long rows weigh more. It is always a
+    finite number: a mean above 700 nats, or one that is no number, counts as 700. Accuracy is the share of tokens that
+    were the likeliest guess. Without a single token perplexity is that largest one, and accuracy 0.
+
+    Args:
+        losses: Each row's cross-entropy summed over its tokens, in nats, (rows,), float64.
+        right: How many of each row's tokens were guessed, (rows,).
+        tokens: How many of each row's tokens were to be guessed, (rows,).
+    """
+    count = int(tokens.sum())
+    mean = float(losses.sum()) / count if count else math.inf
     return {
-        "accuracy": float((guesses == labels).mean()),
-        "macro-f1": macro_f1(guesses, labels, probabilities.shape[1]),
-        "auroc": auroc(probabilities, labels),
+        "perplexity": math.exp(mean if mean < _LARGEST_EXPONENT else _LARGEST_EXPONENT),  # NaN is not less either
+        "accuracy": int(right.sum()) / count if count else 0.0,
     }
+
+
+def number_scores(predictions: npt.NDArray[np.float64], answers: npt.NDArray[np.float64]) -> dict[str, float]:
+    """Return r2, at most 1, of which higher is better, and mae, at least 0, of which lower is better.
+
+    r2 = 1 - Σ(answer - prediction)² / Σ(answer - mean answer)². If all answers are equal it is 1 where every prediction
+    is right, else 0. mae is the mean of |answer - prediction|.
+
+    Args:
+        predictions: Predicted numbers, (rows,), in the answers' own unit, not standardised; at least one.
+        answers: True numbers, (rows,), in the same unit.
+    """
+    missed, spread = ((answers - predictions) ** 2).sum(), ((answers - answers.mean()) ** 2).sum()
+    r2 = 1 - missed / spread if spread > 0 else float(missed == 0)
+    return {"r2": float(r2), "mae": float(np.abs(answers - predictions).mean())}
 
 
 def macro_f1(guesses: Ints, labels: Ints, classes: int) -> float:

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import string
 import subprocess
 import sys
 import tempfile
@@ -20,12 +21,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from confide.client.data import Tokenizer, load_tokenizer, read_examples, read_texts
+from confide.client.data import load_reader, read_examples, read_texts
+from confide.client.images import ImageReader
+from confide.client.tokenizer import FIXED_DATE, Tokenizer, load_tokenizer
+from confide.common.base import base_digest
 from confide.common.errors import DataError, ModelError, PlanError
-from confide.common.examples import Examples
+from confide.common.examples import IGNORED, Examples
 from confide.common.plan import Plan, read_plan, starter
 
 CANARY = "SECRETCELL"
@@ -45,6 +49,7 @@ WORDS = [
     "##2",
     "3",
     "night",
+    "[MASK]",
 ]
 
 
@@ -56,7 +61,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     directory = tmp_path_factory.mktemp("base")
     PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
     ).save_pretrained(directory)
     return directory
 
@@ -66,15 +76,80 @@ def tokenizer(base: Path) -> Tokenizer:
     return load_tokenizer(base)
 
 
-def letters(**special: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer as GPT-2's, which adds nothing to a text."""
+def letters(*merges: tuple[str, str], **special: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer as GPT-2's, which adds nothing to a text; "Ġ" is a space and "Ċ" a line break."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: number for number, letter in enumerate([*alphabet, *special.values()])}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    merged = ["".join(merge) for merge in merges]
+    vocabulary = {letter: number for number, letter in enumerate([*alphabet, *merged, *special.values()])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, list(merges)))
     backend.normalizer = normalizers.Replace("~", "")
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)  # type: ignore[no-untyped-call]
+
+
+def metaspaces() -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama's: "▁" stands for a space and before the first word, "<s>" is put first, nothing last."""
+    vocabulary = {
+        piece: number for number, piece in enumerate(["<unk>", "<s>", "</s>", "▁", *string.ascii_letters, "\n"])
+    }
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+CHAT = (
+    "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def chatting(template: str = CHAT, *merges: tuple[str, str]) -> Tokenizer:
+    backend = letters(*merges, eos_token="<end>")
+    backend.chat_template = template
+    return Tokenizer(backend, 0)
+
+
+def shown_by(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    return "".join(tokenizer._backend.convert_ids_to_tokens(list(tokens))).replace("Ġ", " ").replace("Ċ", "\n")
+
+
+def task_plan(kind: str, *, max_tokens: int = 32, **settings: Any) -> Plan:
+    """A plan for a kind of task whose starter is changed in [task] and [data]."""
+    plan = read_plan(starter("test", "tiny", "sha256:" + "0" * 64, ["query"], kind).encode())
+    task = {key: settings.pop(key) for key in ("labels", "center", "scale", "mask_rate") if key in settings}
+    return dataclasses.replace(
+        plan,
+        model=dataclasses.replace(plan.model, max_tokens=max_tokens),
+        task=dataclasses.replace(plan.task, **task),
+        data=dataclasses.replace(plan.data, **settings),
+    )
+
+
+def rows_of(examples: Examples) -> list[tuple[list[int], list[int], float]]:
+    """Return (tokens, targets, label) of each row."""
+    rows = range(len(examples))
+    windows = [(slice(examples.starts[row], examples.starts[row] + examples.lengths[row])) for row in rows]
+    targets = examples.targets[0] if examples.targets else np.empty(0, np.int32)
+    return [
+        (examples.tokens[0][window].tolist(), targets[window].tolist(), float(label))
+        for window, label in zip(windows, examples.labels, strict=True)
+    ]
+
+
+def learned(examples: Examples, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Return (what the model reads, what of it is learned) of each row; "·" stands where nothing is."""
+    return [
+        (
+            shown_by(tokenizer, tokens),
+            "".join("·" if target == IGNORED else shown_by(tokenizer, [target]) for target in targets),
+        )
+        for tokens, targets, _ in rows_of(examples)
+    ]
 
 
 def plan_of(max_tokens: int = 16, labels: Sequence[str] = ("neg", "pos"), **data: object) -> Plan:
@@ -173,7 +248,9 @@ def test_the_second_text_begins_after_the_first(tmp_path: Path, tokenizer: Token
         "[CLS] bad [SEP] good night good [SEP]",
     ]
     assert examples.second.tolist() == [4, 3]
-    assert examples.batch(np.array([0, 1])).token_type_ids.tolist() == [[0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1, 1]]
+    types = examples.batch(np.array([0, 1])).token_type_ids
+    assert types is not None
+    assert types.tolist() == [[0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1, 1]]
 
 
 def test_a_pair_for_a_tokenizer_without_marks_is_split_where_the_second_text_begins(tmp_path: Path) -> None:
@@ -395,8 +472,8 @@ MALFORMED: dict[str, tuple[str, str | bytes, str]] = {
         parquet_bytes(text=[1], label=[CANARY]),
         "holds whole numbers, but is used",
     ),
-    "parquet bytes as text": ("a.parquet", parquet_bytes(text=[b"x"], label=[CANARY]), "holds values of type binary"),
-    "parquet list as text": ("a.parquet", parquet_bytes(text=[[CANARY]], label=["a"]), "values of type list<"),
+    "parquet bytes as text": ("a.parquet", parquet_bytes(text=[b"x"], label=[CANARY]), "column 'text' holds bytes"),
+    "parquet list as text": ("a.parquet", parquet_bytes(text=[[CANARY]], label=["a"]), "holds lists of text, but"),
     "parquet date as label": (
         "a.parquet",
         parquet_bytes(text=[CANARY], label=pyarrow.array([0], "date32")),
@@ -461,7 +538,7 @@ def dataset_with_damaged_state(path: Path) -> None:
         (dataset_of_two_splits, "holds 2 splits ('train', 'test'), and must hold one"),
         (dataset_without_its_table, "not all of its files"),
         (dataset_with_damaged_state, "is a damaged dataset"),
-        (dataset_of_lists, "column 'text' holds values of type list<"),
+        (dataset_of_lists, "column 'text' holds lists of text"),
         (dataset_without_rows, "or has no rows"),
     ],
 )
@@ -577,10 +654,586 @@ def test_code_that_comes_with_a_tokenizer_never_runs(tmp_path: Path) -> None:
 
 
 def test_importing_data_loads_no_heavy_package() -> None:
-    heavy = ("torch", "transformers", "datasets", "pyarrow", "tokenizers")
+    heavy = ("torch", "transformers", "datasets", "pyarrow", "tokenizers", "PIL")
     program = f"import sys, confide.client.data; sys.exit(any(name in sys.modules for name in {heavy}))"
 
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# Causal language modelling.
+
+
+def test_the_answers_of_a_causal_model_are_its_own_tokens_and_its_end_token(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(letters(eos_token="<end>"), 0)
+    path = saved(tmp_path / "rows.csv", "text\nab c\nd\n")
+
+    examples = read_examples(path, task_plan("causal-lm"), tokenizer).examples
+
+    assert learned(examples, tokenizer) == [("ab c<end>", "ab c<end>"), ("d<end>", "d<end>")]
+    assert examples.labels.tolist() == [0, 0]
+    assert examples.second.tolist() == examples.lengths.tolist()
+
+
+def test_a_tokenizer_that_begins_a_text_keeps_its_begin_token(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(metaspaces(), 0)
+    path = saved(tmp_path / "rows.csv", "text\nab c\n")
+
+    examples = read_examples(path, task_plan("causal-lm"), tokenizer).examples
+
+    assert learned(examples, tokenizer) == [("<s>▁ab▁c</s>", "<s>▁ab▁c</s>")]
+
+
+def test_a_tokenizer_with_an_end_token_of_its_own_gets_no_second_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = saved(tmp_path / "rows.csv", "text\ngood day\n")
+
+    examples = read_examples(path, task_plan("causal-lm"), tokenizer).examples
+
+    assert words(examples, tokenizer) == ["[CLS] good day [SEP]"]
+
+
+def test_a_text_that_is_cut_off_has_no_end_token(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(letters(eos_token="<end>"), 0)
+    path = saved(tmp_path / "rows.csv", "text\nabc\nabcd\nab\n")
+
+    examples = read_examples(path, task_plan("causal-lm", max_tokens=3), tokenizer).examples
+
+    assert [text for text, _ in learned(examples, tokenizer)] == ["abc", "abc", "ab<end>"]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text"),
+    [(Tokenizer(letters(pad_token="<pad>"), 0), "a"), (Tokenizer(letters(eos_token="<end>"), 0), "~")],
+    ids=["one token follows none", "nothing is left of the text"],
+)
+def test_a_text_with_nothing_to_learn_is_empty(tmp_path: Path, tokenizer: Tokenizer, text: str) -> None:
+    path = saved(tmp_path / "rows.csv", f"text\n{text}\nabc\n")
+
+    reading = read_examples(path, task_plan("causal-lm", on_empty_text="skip"), tokenizer)
+
+    assert (reading.kept, reading.skipped) == (1, {"empty text": 1})
+
+
+def closing() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that puts its end token after every text."""
+    backend = letters(eos_token="<end>")
+    backend.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <end>", special_tokens=[("<end>", backend.eos_token_id)]
+    )
+    return backend
+
+
+@pytest.mark.parametrize("backend", [letters(eos_token="<end>"), closing()], ids=["open", "closing"])
+def test_a_text_for_prediction_stands_open_at_its_end(tmp_path: Path, backend: PreTrainedTokenizerFast) -> None:
+    tokenizer = Tokenizer(backend, 0)
+    path = saved(tmp_path / "rows.csv", "text\nab\n")
+    ((whole, _, _),) = rows_of(read_examples(path, task_plan("causal-lm"), tokenizer).examples)
+
+    examples = read_texts(path, task_plan("causal-lm"), tokenizer)
+
+    assert shown_by(tokenizer, whole) == "ab<end>"
+    assert shown_by(tokenizer, examples.tokens[0].tolist()) == "ab"
+    assert examples.second.tolist() == [2]
+    assert not examples.targets
+
+
+def test_tokens_are_said_as_text_without_special_ones() -> None:
+    tokenizer = Tokenizer(closing(), 0)
+
+    (tokens,), _ = tokenizer.encode(["two words"], None, 99)
+
+    assert tokenizer.decode(tokens) == "two words"
+
+
+# Masked language modelling.
+
+SENTENCES = [f"{one} {two} days 12 {three} {one}" for one in ("good", "bad") for two in ("age", ",") for three in "13"]
+
+
+def masked(path: Path, tokenizer: Tokenizer, sentences: Sequence[str], **settings: Any) -> Examples:
+    saved(path, "text\n" + "".join(f'"{sentence}"\n' for sentence in sentences))
+    return read_examples(path, task_plan("masked-lm", **settings), tokenizer).examples
+
+
+def test_hidden_tokens_are_the_targets_and_all_else_stays(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    plain = read_texts(
+        saved(tmp_path / "plain.csv", "text\n" + "".join(f'"{sentence}"\n' for sentence in SENTENCES)),
+        task_plan("masked-lm"),
+        tokenizer,
+    )
+
+    examples = masked(tmp_path / "rows.csv", tokenizer, SENTENCES, mask_rate=0.3)
+
+    for (tokens, targets, _), (before, nothing, _) in zip(rows_of(examples), rows_of(plain), strict=True):
+        hidden = [place for place, target in enumerate(targets) if target != IGNORED]
+        assert len(hidden) == round(0.3 * (len(before) - 2))
+        assert [targets[place] for place in hidden] == [before[place] for place in hidden]
+        assert not {0, len(before) - 1} & set(hidden)  # [CLS] and [SEP] are never hidden
+        assert all(tokens[place] == before[place] for place in range(len(before)) if place not in hidden)
+        assert nothing == []
+
+
+def test_of_hidden_tokens_eight_in_ten_are_masked_and_one_in_ten_is_any_token() -> None:
+    """Three counts of 20000 draws, each within five standard deviations: false alarm below 3 × 6e-7."""
+    tokenizer = Tokenizer(letters(mask_token="<mask>"), 0)
+    mask = tokenizer._backend.mask_token_id
+    draws = np.array([tokenizer.hide([7, 8, 9, number % 256, number // 256], 0.2, 3) for number in range(20_000)])
+
+    tokens, targets = draws[:, 0], draws[:, 1]
+
+    hidden = targets != IGNORED
+    assert (hidden.sum(axis=1) == 1).all()
+    now, before = tokens[hidden], targets[hidden]
+    for count, share in (((now == mask).sum(), 0.8), ((now == before).sum(), 0.1 + 0.1 / 256)):
+        assert abs(count - 20_000 * share) < 5 * (20_000 * share * (1 - share)) ** 0.5
+    other = now[(now != mask) & (now != before)]
+    assert abs(other.mean() - 127.5) < 5 * (256**2 / 12 / len(other)) ** 0.5
+    places = hidden.sum(axis=0)
+    assert (abs(places - 4000) < 5 * (20_000 * 0.2 * 0.8) ** 0.5 + 1).all()
+
+
+def test_what_is_hidden_is_equal_on_two_readings_and_another_with_another_seed(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    row = [2, 4, 5, 6, 4, 5, 14, 8, 9, 3]
+
+    first = masked(tmp_path / "rows.csv", tokenizer, SENTENCES)
+    second = masked(tmp_path / "rows.csv", tokenizer, SENTENCES)
+
+    assert rows_of(first) == rows_of(second)
+    assert len({tuple(tokenizer.hide(row, 0.15, seed)[1]) for seed in range(30)}) > 3
+
+
+def test_what_is_hidden_in_a_row_does_not_depend_on_any_other_row(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    together = rows_of(masked(tmp_path / "rows.csv", tokenizer, SENTENCES, mask_rate=0.3))
+
+    alone = [rows_of(masked(tmp_path / "one.csv", tokenizer, [sentence], mask_rate=0.3))[0] for sentence in SENTENCES]
+
+    assert alone == together
+    assert len({tuple(targets) for _, targets, _ in together}) > 1
+
+
+def test_at_least_one_token_is_hidden_and_a_text_of_unknown_ones_is_empty(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = saved(tmp_path / "rows.csv", "text\ngood\nxyz xyz\n")
+
+    reading = read_examples(path, task_plan("masked-lm", mask_rate=0.01, on_empty_text="skip"), tokenizer)
+
+    assert [targets for _, targets, _ in rows_of(reading.examples)] == [[IGNORED, WORDS.index("good"), IGNORED]]
+    assert reading.skipped == {"empty text": 1}
+
+
+def test_a_tokenizer_without_a_mask_token_cannot_hide(tmp_path: Path) -> None:
+    path = saved(tmp_path / "rows.csv", "text\nabc\n")
+
+    with pytest.raises(ModelError, match="no mask token"):
+        read_examples(path, task_plan("masked-lm"), Tokenizer(letters(eos_token="<end>"), 0))
+
+
+# Instructions.
+
+
+def test_only_the_answer_and_what_closes_it_are_learned(tmp_path: Path) -> None:
+    tokenizer = chatting()
+    path = saved(tmp_path / "rows.csv", "text,answer\nhi you,I am\n x, y \n")
+
+    examples = read_examples(path, task_plan("instruction", max_tokens=99), tokenizer).examples
+
+    assert learned(examples, tokenizer) == [
+        (
+            "<|user|>hi you<|end|>\n<|assistant|>I am<|end|>\n",
+            "·" * len("<|user|>hi you<|end|>\n<|assistant|>") + "I am<|end|>\n",
+        ),
+        ("<|user|>x<|end|>\n<|assistant|>y<|end|>\n", "·" * len("<|user|>x<|end|>\n<|assistant|>") + "y<|end|>\n"),
+    ]
+
+
+def test_the_system_text_stands_before_every_prompt_and_is_not_learned(tmp_path: Path) -> None:
+    tokenizer = chatting()
+    path = saved(tmp_path / "rows.csv", "text,answer\nq,r\n")
+
+    examples = read_examples(path, task_plan("instruction", max_tokens=99, system="Be kind."), tokenizer).examples
+
+    ((text, targets),) = learned(examples, tokenizer)
+    assert text == "<|system|>Be kind.<|end|>\n<|user|>q<|end|>\n<|assistant|>r<|end|>\n"
+    assert targets.lstrip("·") == "r<|end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "system", "shown", "answered"),
+    [
+        (Tokenizer(letters(eos_token="<end>"), 0), None, "ask\n\nsay<end>", "say<end>"),
+        (Tokenizer(letters(eos_token="<end>"), 0), "Be.", "Be.\n\nask\n\nsay<end>", "say<end>"),
+        (Tokenizer(letters(pad_token="<pad>"), 0), None, "ask\n\nsay", "say"),
+        (Tokenizer(metaspaces(), 0), None, "<s>▁ask\n\nsay</s>", "say</s>"),
+    ],
+    ids=["GPT-2", "system", "no end token", "Llama"],
+)
+def test_without_a_chat_template_blank_lines_part_prompt_and_answer(
+    tmp_path: Path, tokenizer: Tokenizer, system: str | None, shown: str, answered: str
+) -> None:
+    path = saved(tmp_path / "rows.csv", "text,answer\nask,say\n")
+
+    examples = read_examples(path, task_plan("instruction", system=system), tokenizer).examples
+
+    ((text, targets),) = learned(examples, tokenizer)
+    assert text == shown
+    assert targets.lstrip("·") == answered
+    assert targets.count("·") == len(shown.removesuffix(answered).replace("<s>", "s"))
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [chatting(), Tokenizer(letters(eos_token="<end>"), 0), Tokenizer(metaspaces(), 0)]
+)
+def test_a_prompt_for_prediction_is_what_comes_before_the_answer_in_training(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    path = saved(tmp_path / "rows.csv", "text,answer\nask me,say\n")
+    plan = task_plan("instruction", max_tokens=99, system="Be.")
+
+    prompts = read_texts(path, plan, tokenizer)
+
+    ((tokens, targets, _),) = rows_of(read_examples(path, plan, tokenizer).examples)
+    assert prompts.tokens[0].tolist() == tokens[: targets.count(IGNORED)]
+    assert not prompts.targets
+
+
+def test_a_token_that_holds_the_end_of_the_prompt_is_not_learned(tmp_path: Path) -> None:
+    template = "{% for turn in messages %}A{{ turn.content }}|{% endfor %}{{ 'A' if add_generation_prompt }}"
+    tokenizer = chatting(template, ("A", "b"))
+    path = saved(tmp_path / "rows.csv", "text,answer\nq,bx\n")
+
+    examples = read_examples(path, task_plan("instruction", max_tokens=99), tokenizer).examples
+
+    ((text, targets),) = learned(examples, tokenizer)
+    assert text == "Aq|Abx|"
+    assert targets == "····x|"  # "Ab" is one token
+
+
+def test_an_answer_wholly_beyond_max_tokens_is_counted_by_a_reason_of_its_own(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(letters(eos_token="<end>"), 0)
+    path = saved(tmp_path / "rows.csv", "text,answer\nabcdefgh,yes\nabcdefghijkl,yes\nabc,yes\n")
+
+    reading = read_examples(path, task_plan("instruction", max_tokens=12, on_empty_text="skip"), tokenizer)
+
+    assert [targets.lstrip("·") for _, targets in learned(reading.examples, tokenizer)] == ["ye", "yes<end>"]
+    assert reading.skipped == {"answer beyond max_tokens": 1}
+    with pytest.raises(
+        DataError, match=r"answer beyond max_tokens in 1 of 3 rows .*Raise \[model\] max_tokens, or let"
+    ):
+        read_examples(path, task_plan("instruction", max_tokens=12), tokenizer)
+    with pytest.raises(DataError, match=r"answer beyond max_tokens in 1 of 3 rows .*Raise \[model\] max_tokens\.$"):
+        read_texts(path, task_plan("instruction", max_tokens=12), tokenizer)
+
+
+def test_blank_answers_are_empty_and_absent_ones_are_missing(tmp_path: Path) -> None:
+    path = saved(tmp_path / "rows.csv", 'text,answer\nq," "\nq,\nq,r\n')
+    plan = task_plan("instruction", on_empty_text="skip", on_missing="skip")
+
+    reading = read_examples(path, plan, Tokenizer(letters(eos_token="<end>"), 0))
+
+    assert reading.skipped == {"empty text": 1, "missing value": 1}
+
+
+FORGETS = "{% for turn in messages %}{{ turn.content }}|{% endfor %}{{ messages | length }}"
+ALTERS = (
+    "{% if messages[-1].role == 'assistant' %}[answered]{% endif %}"
+    "{% for turn in messages %}{{ turn.content }}|{% endfor %}"
+)
+OPENS = CHAT.replace("<|assistant|>{%", "<|assistant|><think>{%")
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
+DROPS_SYSTEM = CHAT.replace("in messages %}", "in messages if turn.role != 'system' %}")
+MERGES = CHAT.replace("<|assistant|>{%", "<|assistant|>N{%").replace(
+    "{{ turn.content", "{{ 'N' if turn.role == 'assistant' }}{{ turn.content"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "fragment"),
+    [
+        (FORGETS, None, "changes the prompt when an answer follows it"),
+        (ALTERS, None, "changes the prompt when an answer follows it"),
+        (OPENS, None, "changes the prompt when an answer follows it"),
+        (MERGES, None, "changes the prompt when an answer follows it"),
+        (NO_SYSTEM, "Be.", r"fails on a system turn \(TemplateError\)"),
+        (DROPS_SYSTEM, "Be.", r"leaves out \[data\] system"),
+        ("{{ messages.nothing.at_all }}", None, r"fails on these turns \(UndefinedError\)"),
+        ("{{ ''.__class__.__mro__ }}", None, r"fails on these turns \(SecurityError\)"),
+        ("{% for turn in messages %", None, r"fails on these turns \(TemplateSyntaxError\)"),
+    ],
+    ids=["length", "alters", "opens", "merges", "no system", "drops system", "undefined", "sandbox", "syntax"],
+)
+def test_a_chat_template_that_cannot_be_used_is_refused_before_any_row_is_read(
+    tmp_path: Path, template: str, system: str | None, fragment: str
+) -> None:
+    tokenizer = chatting(template, ("N", "N"))
+
+    with pytest.raises(ModelError, match=fragment):
+        read_examples(tmp_path / "no-such-table.csv", task_plan("instruction", system=system), tokenizer)
+
+
+def test_a_template_that_changes_one_prompt_is_refused_without_showing_it(tmp_path: Path) -> None:
+    tokenizer = chatting(
+        CHAT + f"{{% if '{CANARY}' in messages[0].content and messages | length == 1 %}}!{{% endif %}}"
+    )
+    path = saved(tmp_path / "rows.csv", f"text,answer\n{CANARY},r\n")
+
+    with pytest.raises(ModelError, match="changes the prompt") as caught:
+        read_examples(path, task_plan("instruction"), tokenizer)
+
+    assert CANARY not in str(caught.value)
+
+
+def test_a_template_that_asks_for_the_date_is_told_the_same_every_day(tmp_path: Path) -> None:
+    tokenizer = chatting("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}" + CHAT)
+    path = saved(tmp_path / "rows.csv", "text,answer\nq,r\n")
+
+    examples = read_examples(path, task_plan("instruction", max_tokens=99), tokenizer).examples
+
+    assert learned(examples, tokenizer)[0][0].startswith(f"{FIXED_DATE}<|user|>q")
+
+
+def test_a_saved_chat_template_is_used_and_covered_by_the_digest_of_the_base(tmp_path: Path) -> None:
+    backend = letters(eos_token="<end>")
+    backend.chat_template = CHAT
+    backend.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    tokenizer, digest = load_tokenizer(tmp_path), base_digest(tmp_path)
+
+    (tmp_path / "chat_template.jinja").write_text(CHAT + "!")
+
+    assert tokenizer.encode_turns(["q"], None, None, 99)[1] == [len("<|user|>q<|end|>\n<|assistant|>")]
+    assert base_digest(tmp_path) != digest
+
+
+# Token classification.
+
+TAGS = ("O", "PLACE", "DAY")
+
+
+def tagged(folder: Path, texts: Sequence[Sequence[str]], tags: Sequence[Sequence[str]]) -> list[Path]:
+    """Write words and their labels in every form in which they may come."""
+    rows = list(zip(texts, tags, strict=True))
+    lines = "".join(f'"{" ".join(text)}",{"  ".join(tag)}\n' for text, tag in rows)
+    save_lines(folder / "lists.jsonl", *({"text": text, "label": tag} for text, tag in rows))
+    save_lines(folder / "mixed.jsonl", *({"text": " ".join(text), "label": tag} for text, tag in rows))
+    columns: dict[str, Any] = {"text": list(map(list, texts)), "label": list(map(list, tags))}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "lists.parquet")
+    datasets.Dataset.from_dict(columns).save_to_disk(folder / "saved")
+    named = datasets.Features(
+        text=datasets.Sequence(datasets.Value("string")), label=datasets.Sequence(datasets.ClassLabel(names=list(TAGS)))
+    )
+    datasets.Dataset.from_dict(columns, features=named).save_to_disk(folder / "named")
+    return [
+        saved(folder / "rows.csv", "text,label\n" + lines),
+        *(folder / name for name in ("lists.jsonl", "mixed.jsonl", "lists.parquet", "saved", "named")),
+    ]
+
+
+def test_a_label_stands_at_the_first_token_of_its_word(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    paths = tagged(tmp_path, [["good", "days,", "12"], ["night"]], [["O", "DAY", "PLACE"], ["DAY"]])
+
+    read = [read_examples(path, task_plan("token-classification", labels=TAGS), tokenizer).examples for path in paths]
+
+    assert words(read[0], tokenizer) == ["[CLS] good day ##s , 1 ##2 [SEP]", "[CLS] night [SEP]"]
+    none = IGNORED
+    assert [targets for _, targets, _ in rows_of(read[0])] == [[none, 0, 2, none, none, 1, none, none], [none, 2, none]]
+    assert read[0].labels.tolist() == [0, 0]
+    assert all(rows_of(other) == rows_of(read[0]) for other in read)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "labelled"),
+    [
+        (Tokenizer(letters(eos_token="<end>"), 0), ["a", "Ã", "c"]),
+        (Tokenizer(letters(("Ġ", "c"), eos_token="<end>"), 0), ["a", "Ã", "Ġc"]),
+        (Tokenizer(metaspaces(), 0), ["▁", "<unk>", "c"]),
+    ],
+    ids=["a space of its own", "a space before its word", "a space before the first word"],
+)
+def test_words_are_found_again_whatever_becomes_of_spaces(
+    tmp_path: Path, tokenizer: Tokenizer, labelled: list[str]
+) -> None:
+    path = saved(tmp_path / "rows.csv", "text,label\nab é c,O DAY PLACE\n")
+
+    examples = read_examples(path, task_plan("token-classification", labels=TAGS), tokenizer).examples
+
+    ((tokens, targets, _),) = rows_of(examples)
+    places = [place for place, target in enumerate(targets) if target != IGNORED]
+    assert [targets[place] for place in places] == [0, 2, 1]
+    assert tokenizer._backend.convert_ids_to_tokens([tokens[place] for place in places]) == labelled
+
+
+def test_words_beyond_max_tokens_have_no_label(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = saved(tmp_path / "rows.csv", "text,label\ngood bad night,O DAY PLACE\n")
+
+    examples = read_examples(path, task_plan("token-classification", labels=TAGS, max_tokens=4), tokenizer).examples
+
+    assert words(examples, tokenizer) == ["[CLS] good bad [SEP]"]
+    assert rows_of(examples)[0][1] == [IGNORED, 0, 2, IGNORED]
+
+
+def test_words_for_prediction_say_where_labels_are_to_be_read_off(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = saved(tmp_path / "rows.csv", "text\ngood days\n")
+
+    examples = read_texts(path, task_plan("token-classification", labels=TAGS), tokenizer)
+
+    assert rows_of(examples)[0][1] == [IGNORED, 0, 0, IGNORED, IGNORED]
+
+
+def test_labels_that_do_not_fit_their_words_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows: list[dict[str, object]] = [
+        {"text": ["good", "day"], "label": ["O", "DAY"]},
+        {"text": ["good", "day"], "label": ["O"]},
+        {"text": ["good"], "label": ["O", CANARY]},
+        {"text": ["good"], "label": [CANARY]},
+        {"text": ["good", None], "label": ["O", "O"]},
+        {"text": [], "label": []},
+        {"text": ["", " "], "label": ["O", "O"]},
+    ]
+    path = save_lines(tmp_path / "rows.jsonl", *rows)
+    plan = task_plan("token-classification", labels=TAGS)
+    skipping = task_plan(
+        "token-classification", labels=TAGS, on_missing="skip", on_unknown_label="skip", on_empty_text="skip"
+    )
+
+    reading = read_examples(path, skipping, tokenizer)
+
+    assert reading.kept == 1
+    assert reading.skipped == {
+        "labels that are not as many as the words": 2,
+        "unknown label": 1,
+        "missing value": 1,
+        "empty text": 2,
+    }
+    with pytest.raises(
+        DataError, match=r"labels that are not as many as the words in 2 of 7 rows \(first in"
+    ) as caught:
+        read_examples(path, plan, tokenizer)
+    assert CANARY not in str(caught.value)
+
+
+# Regression.
+
+
+def test_answers_are_centered_and_scaled(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"text": "good", "label": 120.0}, {"text": "bad", "label": 80.5}, {"text": "day", "label": -1e3}]
+    plan = task_plan("regression", center=100.0, scale=10.0)
+
+    read = [read_examples(path, plan, tokenizer).examples for path in in_every_format(tmp_path, rows)]
+
+    assert read[0].labels.tolist() == [2.0, np.float32(-1.95), -110.0]
+    assert read[0].labels.dtype == np.float32
+    assert not read[0].targets
+    assert all(same(examples, read[0]) for examples in read)
+
+
+@pytest.mark.parametrize("answer", [CANARY, "1,5", "inf", "-Infinity", "1_000", "1e39", "0x10"])
+def test_an_answer_that_is_no_number_is_counted_and_not_shown(
+    tmp_path: Path, tokenizer: Tokenizer, answer: str
+) -> None:
+    path = saved(tmp_path / "rows.csv", f'text,label\ngood," 1e3 "\nbad,"{answer}"\nday,7\n')
+
+    reading = read_examples(path, task_plan("regression", on_unknown_label="skip"), tokenizer)
+
+    assert reading.examples.labels.tolist() == [1000, 7]
+    assert reading.skipped == {"answer that is no number": 1}
+    with pytest.raises(
+        DataError, match=r"answer that is no number in 1 of 3 rows .*on_unknown_label = \"skip\""
+    ) as caught:
+        read_examples(path, task_plan("regression"), tokenizer)
+    assert answer not in str(caught.value).replace(str(path), "")
+
+
+def test_whole_numbers_are_answers_and_truth_values_are_not(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    whole = save_lines(tmp_path / "whole.jsonl", {"text": "good", "label": 3}, {"text": "bad", "label": "4"})
+    truth = save_lines(tmp_path / "truth.jsonl", {"text": "good", "label": True})
+
+    assert read_examples(whole, task_plan("regression"), tokenizer).examples.labels.tolist() == [3, 4]
+    with pytest.raises(DataError, match="'label' holds true or false"):
+        read_examples(truth, task_plan("regression"), tokenizer)
+
+
+def test_numbers_for_prediction_need_no_answer(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = saved(tmp_path / "rows.csv", "text,more\ngood,bad\n")
+
+    examples = read_texts(path, task_plan("regression", text_pair="more", center=5.0), tokenizer)
+
+    assert words(examples, tokenizer) == ["[CLS] good [SEP] bad [SEP]"]
+    assert examples.labels.tolist() == [0.0]
+
+
+# Every kind of task.
+
+TABLES: dict[str, tuple[str, list[str]]] = {
+    "text-classification": ("text,label", ["good day,positive", "bad,negative", "good 12,positive", "day,negative"]),
+    "regression": ("text,label", ["good day,3", "bad,4.5", "good 12,-1", "day,0"]),
+    "token-classification": (
+        "text,label",
+        ["good day,positive negative", "bad,negative", "good 12,positive positive", "day,negative"],
+    ),
+    "causal-lm": ("text", ["good day", "bad", "good 12 12 12", "day"]),
+    "masked-lm": ("text", ["good day", "bad", "good 12 12 12", "day"]),
+    "instruction": ("text,answer", ["good day,bad", "bad,good day", "good 12,12 12 12", "day,1"]),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_row_s_example_does_not_depend_on_any_other_row(tmp_path: Path, tokenizer: Tokenizer, kind: str) -> None:
+    header, lines = TABLES[kind]
+    plan = task_plan(kind)
+    everyone = rows_of(
+        read_examples(saved(tmp_path / "all.csv", "\n".join([header, *lines])), plan, tokenizer).examples
+    )
+
+    for left_out in range(len(lines)):
+        others = [*lines[:left_out], *lines[left_out + 1 :]]
+        path = saved(tmp_path / "others.csv", "\n".join([header, *reversed(others)]))
+
+        read = rows_of(read_examples(path, plan, tokenizer).examples)
+
+        assert read == [*everyone[:left_out], *everyone[left_out + 1 :]][::-1]
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_every_kind_groups_rows_by_person_and_keeps_them_in_files_without_a_name(
+    tmp_path: Path, tokenizer: Tokenizer, kind: str
+) -> None:
+    header, lines = TABLES[kind]
+    rows = [f"{line},{who}" for line, who in zip(lines, "abab", strict=True)]
+    path = saved(tmp_path / "rows.csv", "\n".join([f"{header},who", *rows]))
+
+    reading = read_examples(path, task_plan(kind, person_id="who", max_rows_per_person=1), tokenizer)
+
+    assert reading.examples.persons.tolist() == [0, 1]
+    assert reading.skipped == {"beyond max_rows_per_person": 2}
+    assert all(isinstance(store, np.memmap) for store in (*reading.examples.tokens, *reading.examples.targets))
+    assert reading.examples.batch(np.array([1, 0])).labels.dtype == (np.float32 if kind == "regression" else np.int64)
+
+
+def test_the_reader_of_a_plan_is_the_tokenizer_of_its_base(base: Path) -> None:
+    assert isinstance(load_reader(base, task_plan("causal-lm")), Tokenizer)
+
+
+def test_a_reader_of_another_kind_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = saved(tmp_path / "rows.csv", "text,image,label\na,b,negative\n")
+
+    for plan, reader in (
+        (task_plan("image-classification"), tokenizer),
+        (task_plan("text-classification"), ImageReader(2, 2)),
+    ):
+        with pytest.raises(ModelError, match="does not suit"):
+            read_examples(path, plan, reader)
+
+
+def test_a_tokenizer_that_cuts_on_the_left_is_made_to_cut_on_the_right(tmp_path: Path) -> None:
+    backend = letters(eos_token="<end>")
+    backend.truncation_side = "left"
+    backend.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+
+    tokens, _ = tokenizer.encode(["abcd"], None, 2)
+
+    assert shown_by(tokenizer, tokens[0]) == "ab"
 
 
 def resident_bytes() -> int:

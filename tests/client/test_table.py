@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -17,11 +18,11 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from confide.client import table
-from confide.client.table import ANY, IDENTIFIER, LABEL, TEXT, Kinds, read_table
+from confide.client.table import ANY, IDENTIFIER, IMAGE, LABEL, TEXT, WORD_LABELS, WORDS, Kinds, read_table
 from confide.common.errors import DataError
 
 
-def cells(path: Path, columns: Mapping[str, Kinds] | None = None) -> list[tuple[str | None, ...]]:
+def cells(path: Path, columns: Mapping[str, Kinds] | None = None) -> list[tuple[Any, ...]]:
     return [row.cells for row in read_table(path, columns or {"text": TEXT, "label": LABEL})]
 
 
@@ -165,6 +166,71 @@ def test_class_labels_are_read_by_name_from_datasets_and_from_parquet(tmp_path: 
     expected = [("a", "pos"), ("b", "neg"), ("c", None)]
 
     assert cells(tmp_path / "dataset") == cells(tmp_path / "rows.parquet") == expected
+
+
+def test_lists_of_texts_are_cells_where_a_column_may_hold_them(tmp_path: Path) -> None:
+    rows = [["a", "b c"], [], None, ["d", None]]
+    lines = saved(tmp_path / "rows.jsonl", "".join(json.dumps({"words": row}) + "\n" for row in rows))
+    columns = save_parquet(tmp_path / "rows.parquet", {"words": rows})
+    large = save_parquet(
+        tmp_path / "large.parquet", {"words": pyarrow.array(rows, pyarrow.large_list(pyarrow.string()))}
+    )
+    datasets.Dataset.from_dict({"words": rows}).save_to_disk(tmp_path / "dataset")
+
+    read = [cells(path, {"words": WORDS}) for path in (lines, columns, large, tmp_path / "dataset")]
+
+    assert read[0] == [(("a", "b c"),), ((),), (None,), (None,)]
+    assert all(other == read[0] for other in read)
+
+
+def test_lists_of_whole_numbers_are_spelled_and_lists_of_class_labels_named(tmp_path: Path) -> None:
+    numbers = {"tags": [[0, 1], [1]]}
+    features = datasets.Features(tags=datasets.Sequence(datasets.ClassLabel(names=["O", "PLACE"])))
+    named = datasets.Dataset.from_dict({"tags": [[0, 1], [-1, 1]]}, features=features)
+    named.save_to_disk(tmp_path / "dataset")
+    named.to_parquet(str(tmp_path / "named.parquet"))
+    lines = saved(tmp_path / "rows.jsonl", '{"tags": [0, 1]}\n{"tags": [1]}\n')
+
+    for path in (save_parquet(tmp_path / "rows.parquet", numbers), lines):
+        assert cells(path, {"tags": WORD_LABELS}) == [(("0", "1"),), (("1",),)]
+    for path in (tmp_path / "dataset", tmp_path / "named.parquet"):
+        assert cells(path, {"tags": WORD_LABELS}) == [(("O", "PLACE"),), (None,)]
+
+
+@pytest.mark.parametrize("value", [["a", 1], [1.5], [True], [["a"]], [{"a": 1}], {"a": 1}])
+def test_lists_of_other_values_are_refused(tmp_path: Path, value: object) -> None:
+    lines = saved(tmp_path / "rows.jsonl", json.dumps({"words": value}))
+
+    with pytest.raises(DataError, match=r"column 'words' holds (lists of other values|objects) \(first in line 1\)"):
+        cells(lines, {"words": WORD_LABELS})
+
+
+def test_half_a_character_in_a_list_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        cells(saved(tmp_path / "rows.jsonl", '{"words": ["a", "\\ud83d"]}'), {"words": WORDS})
+
+
+def test_images_are_bytes_or_paths(tmp_path: Path) -> None:
+    both = {"image": [{"bytes": b"one", "path": "a.png"}, {"bytes": None, "path": "b.png"}, None]}
+    schema = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+
+    for columns, expected in (
+        (both, [(b"one",), ("b.png",), (None,)]),
+        ({"image": pyarrow.array(both["image"], schema)}, [(b"one",), ("b.png",), (None,)]),
+        ({"image": [{"bytes": None, "path": "b.png"}]}, [("b.png",)]),
+        ({"image": [{"bytes": b"one", "path": None}]}, [(b"one",)]),
+        ({"image": [b"one", None]}, [(b"one",), (None,)]),
+        ({"image": pyarrow.array([b"one"], pyarrow.large_binary())}, [(b"one",)]),
+        ({"image": ["b.png"]}, [("b.png",)]),
+    ):
+        assert cells(save_parquet(tmp_path / "rows.parquet", columns), {"image": IMAGE}) == expected
+
+
+def test_a_struct_that_is_no_image_is_refused(tmp_path: Path) -> None:
+    path = save_parquet(tmp_path / "rows.parquet", {"image": [{"bytes": b"one", "size": 3}]})
+
+    with pytest.raises(DataError, match="column 'image' holds values of type struct<"):
+        cells(path, {"image": IMAGE})
 
 
 def test_a_shuffled_dataset_is_read_in_its_own_order(tmp_path: Path) -> None:

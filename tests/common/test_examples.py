@@ -1,12 +1,13 @@
 """Tokenised rows: subsets, unions and batches."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies
 
-from confide.common.examples import Examples, union
+from confide.common.examples import IGNORED, Examples, Ints, union
 
 PAD = 9
 
@@ -31,6 +32,39 @@ def three_rows() -> Examples:
     return examples([[1, 2, 3], [4], [5, 6]], persons=[0, 1, 0], labels=[1, 0, 2], second=[2, 1, 1])
 
 
+def padded(rows: Examples, chosen: Ints) -> tuple[Ints, Ints, Ints]:
+    """Return a batch's input_ids, attention_mask and token_type_ids."""
+    batch = rows.batch(chosen)
+    assert batch.input_ids is not None
+    assert batch.attention_mask is not None
+    assert batch.token_type_ids is not None
+    return batch.input_ids, batch.attention_mask, batch.token_type_ids
+
+
+def tagged_rows() -> Examples:
+    """Return three_rows with a target at each token, the first of each row ignored."""
+    rows = three_rows()
+    targets = (rows.tokens[0] * 10).astype(np.int32)
+    targets[rows.starts] = IGNORED
+    return dataclasses.replace(rows, targets=[targets], labels=np.zeros(3, np.int64))
+
+
+def images(count: int, first: int = 0) -> Examples:
+    """Return images of 1 × 2 × 3 that hold the numbers from `first` on, each of a person of its own."""
+    rows = np.arange(count)
+    return Examples(
+        tokens=[np.arange(first, first + 6 * count).astype(np.uint8)],
+        store=np.zeros(count, np.int64),
+        starts=6 * rows,
+        lengths=np.full(count, 6),
+        second=np.full(count, 6),
+        labels=rows % 2,
+        persons=rows,
+        pad_token=0,
+        image=(1, 2, 3),
+    )
+
+
 def texts_of(rows: Examples) -> list[list[int]]:
     return [
         rows.tokens[store][start : start + length].tolist()
@@ -53,38 +87,75 @@ MADE = strategies.lists(
 
 def test_a_batch_is_padded_to_its_longest_row_with_the_pad_token() -> None:
     batch = three_rows().batch(np.array([1, 2]))
+    input_ids, mask, types = padded(three_rows(), np.array([1, 2]))
 
-    assert batch.input_ids.tolist() == [[4, PAD], [5, 6]]
-    assert batch.attention_mask.tolist() == [[1, 0], [1, 1]]
+    assert input_ids.tolist() == [[4, PAD], [5, 6]]
+    assert mask.tolist() == [[1, 0], [1, 1]]
     assert batch.labels.tolist() == [0, 2]
-    assert {array.dtype for array in (batch.input_ids, batch.attention_mask, batch.token_type_ids)} == {
-        np.dtype(np.int64)
-    }
+    assert {array.dtype for array in (input_ids, mask, types)} == {np.dtype(np.int64)}
+    assert batch.targets is None
+    assert batch.pixels is None
 
 
 def test_token_types_are_one_from_the_second_text_on_and_zero_on_padding() -> None:
-    batch = three_rows().batch(np.array([0, 1, 2]))
+    _, _, types = padded(three_rows(), np.array([0, 1, 2]))
 
-    assert batch.token_type_ids.tolist() == [[0, 0, 1], [0, 0, 0], [0, 1, 0]]
+    assert types.tolist() == [[0, 0, 1], [0, 0, 0], [0, 1, 0]]
 
 
 def test_a_batch_may_repeat_and_reorder_rows() -> None:
-    batch = three_rows().batch(np.array([2, 0, 2]))
+    input_ids, _, _ = padded(three_rows(), np.array([2, 0, 2]))
 
-    assert batch.input_ids.tolist() == [[5, 6, PAD], [1, 2, 3], [5, 6, PAD]]
+    assert input_ids.tolist() == [[5, 6, PAD], [1, 2, 3], [5, 6, PAD]]
 
 
 @given(MADE, strategies.data())
 def test_a_batch_holds_the_texts_of_its_rows(rows: Examples, data: strategies.DataObject) -> None:
     chosen = np.array(data.draw(strategies.lists(strategies.integers(0, len(rows) - 1), min_size=1, max_size=6)))
 
-    batch = rows.batch(chosen)
+    input_ids, mask, _ = padded(rows, chosen)
 
     texts = texts_of(rows)
     for line, row in enumerate(chosen):
-        assert batch.input_ids[line][batch.attention_mask[line] == 1].tolist() == texts[row]
-        assert (batch.input_ids[line][batch.attention_mask[line] == 0] == PAD).all()
-    assert batch.attention_mask.sum(axis=1).max() == batch.input_ids.shape[1]
+        assert input_ids[line][mask[line] == 1].tolist() == texts[row]
+        assert (input_ids[line][mask[line] == 0] == PAD).all()
+    assert mask.sum(axis=1).max() == input_ids.shape[1]
+
+
+def test_targets_stand_at_their_tokens_and_padding_is_ignored() -> None:
+    targets = tagged_rows().batch(np.array([2, 0])).targets
+
+    assert targets is not None
+    assert targets.tolist() == [[IGNORED, 60, IGNORED], [IGNORED, 20, 30]]
+    assert targets.dtype == np.int64
+
+
+def test_what_a_batch_holds_of_a_row_depends_on_that_row_only() -> None:
+    rows = tagged_rows()
+
+    alone, together = rows.batch(np.array([2])), rows.batch(np.array([1, 0, 2]))
+
+    for name in ("input_ids", "attention_mask", "token_type_ids", "targets"):
+        assert np.array_equal(getattr(alone, name)[0], getattr(together, name)[2, :2])
+
+
+def test_answers_that_are_numbers_stay_so_in_batches_subsets_and_unions() -> None:
+    rows = dataclasses.replace(three_rows(), labels=np.array([0.5, -1.25, 3], np.float32))
+
+    joined = union([rows, rows.subset(np.array([1]))])
+
+    assert joined.batch(np.array([3, 0])).labels.tolist() == [-1.25, 0.5]
+    assert joined.labels.dtype == np.float32
+
+
+def test_a_batch_of_images_holds_their_pixels_and_no_tokens() -> None:
+    batch = union([images(2), images(1, first=50)]).batch(np.array([2, 0]))
+
+    assert batch.pixels is not None
+    assert batch.pixels.tolist() == [[[[50, 51, 52], [53, 54, 55]]], [[[0, 1, 2], [3, 4, 5]]]]
+    assert batch.pixels.dtype == np.uint8
+    assert batch.labels.tolist() == [0, 0]
+    assert batch.input_ids is batch.attention_mask is batch.token_type_ids is batch.targets is None
 
 
 def test_a_subset_keeps_the_order_asked_for_and_numbers_persons_anew() -> None:
@@ -140,7 +211,23 @@ def test_a_union_of_unions_and_subsets_finds_its_tokens() -> None:
     joined = union([union([first, second]), second.subset(np.array([0])), first.subset(np.array([1]))])
 
     assert texts_of(joined) == [[1, 2, 3], [4], [5, 6], [7, 7], [7, 7], [4]]
-    assert joined.batch(np.array([3, 5])).input_ids.tolist() == [[7, 7], [4, PAD]]
+    assert padded(joined, np.array([3, 5]))[0].tolist() == [[7, 7], [4, PAD]]
+
+
+def test_a_union_finds_the_targets_of_its_parts() -> None:
+    rows = tagged_rows()
+
+    joined = union([rows.subset(np.array([1])), union([rows, rows.subset(np.array([2]))])])
+
+    targets = joined.batch(np.array([4, 1])).targets
+    assert targets is not None
+    assert targets.tolist() == [[IGNORED, 60, IGNORED], [IGNORED, 20, 30]]
+
+
+@pytest.mark.parametrize("other", [tagged_rows(), images(1)])
+def test_examples_of_different_kinds_cannot_be_joined(other: Examples) -> None:
+    with pytest.raises(ValueError, match="Read all of them with one plan"):
+        union([three_rows(), other])
 
 
 def test_a_union_copies_no_text() -> None:

@@ -14,6 +14,7 @@ from confide.common.explain import explain
 from confide.common.plan import (
     LARGEST_PLAN_BYTES,
     LEAST_RING_STEPS,
+    SCORES,
     Plan,
     differences,
     load_plan,
@@ -27,7 +28,8 @@ from confide.common.plan import (
 from confide.common.settings import Meaning, toml_value
 
 STARTER = starter("demo", "tiny-bert", "sha256:" + "0" * 64, ["query", "value"])
-PINNED_DIGEST = "sha256:2097472f7fa91dad72942d121c35766c615f5df1b986e54ee373f615ccd475ba"
+STARTERS = {kind: starter("demo", "tiny", "sha256:" + "0" * 64, ["query"], kind) for kind in SCORES}
+PINNED_DIGEST = "sha256:1eb0850199b6c55245ac0924f0373b93f689159dbc0826e601527127eb7cd76e"
 SECTIONS = [field.name for field in dataclasses.fields(Plan) if field.name not in {"name", "purpose"}]
 
 Edit = Callable[[str], str]
@@ -105,10 +107,7 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
     "key of nothing near": (under("compute", "zzz = 1"), "no key 'zzz'. Known keys: device, threads, micro_batch"),
     "key in another section": (under("training", "epsilon = 8.0"), "[training] has no key 'epsilon'"),
     "epsilon missing": (drop("epsilon"), "[privacy] lacks 'epsilon': What a person's whole"),
-    "required text missing": (
-        drop("label"),
-        """[data] lacks 'label': The column that holds the label name. Add it, """,
-    ),
+    "required text missing": (drop("base"), "[model] lacks 'base': The base model's public name, for people;"),
     "required list missing": (drop("targets"), 'for example: targets = ["query", "value"].'),
     # Types.
     "a number for a text": (put("label", "1"), "[data] label = 1 is not text in quotes"),
@@ -151,7 +150,7 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
     "seed negative": (put("seed", "-1"), "seed = -1 is outside its range"),
     "seed beyond 63 bits": (put("seed", str(2**63)), "is outside its range"),
     # Texts and lists.
-    "an unknown choice": (put("score", '"f1"'), '[task] score = "f1" is not one of accuracy, macro-f1, auroc'),
+    "an unknown choice": (put("score", '"f1"'), '[task] score = "f1" is not one of accuracy, auroc, macro-f1, mae, p'),
     "key agreement unknown": (put("key_agreement", '"x25518"'), "is not one of x25519, x25519+ml-kem-768 (did you"),
     "graph unknown": (
         put("graph", '"sparse"'),
@@ -164,6 +163,10 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
     "text too short": (put("label", '""'), "has 0 characters, and needs at least 1"),
     "text too long": (put("label", f'"{"a" * 201}"'), "has 201 characters, and may have at most 200"),
     "one label": (put("labels", '["only"]'), "has 1 entries, and needs at least 2"),
+    "too many labels": (
+        put("labels", str([f"l{i}" for i in range(10_001)])),
+        "10001 entries, and may have at most 10000",
+    ),
     "too many targets": (put("targets", str([f"t{i}" for i in range(33)])), "has 33 entries, and may have at most 32"),
     "a label twice": (put("labels", '["a", "b", "a"]'), "names an entry twice"),
     "a target twice": (put("targets", '["query", "query"]'), "names an entry twice"),
@@ -222,6 +225,230 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
 }
 
 
+LEAKS = "name the same column"
+AT_ODDS: dict[str, tuple[str, Edit, str]] = {
+    # What a kind of task needs.
+    "classes without labels": (
+        "text-classification",
+        drop("labels"),
+        "labels has 0 entries, and needs at least 2: text-",
+    ),
+    "words without labels": (
+        "token-classification",
+        put("labels", "[]"),
+        "labels has 0 entries, and needs at least 2: t",
+    ),
+    "images of one label": (
+        "image-classification",
+        put("labels", '["a"]'),
+        "labels has 1 entries, and needs at least 2",
+    ),
+    "classes without label": ("text-classification", drop("label"), "lacks `label`, which text-classification needs: "),
+    "words without label": ("token-classification", drop("label"), "lacks `label`, which token-classification needs"),
+    "images without label": ("image-classification", drop("label"), "lacks `label`, which image-classification needs"),
+    "numbers without label": (
+        "regression",
+        drop("label"),
+        "lacks `label`, which regression needs: the column that holds",
+    ),
+    "prompts without answer": (
+        "instruction",
+        drop("answer"),
+        "instruction needs: the column that holds the answer to l",
+    ),
+    "images without image": ("image-classification", drop("image"), 'Add it, for example: image = "image".'),
+    "causal without text": ("causal-lm", drop("text"), "needs exactly one of `text` (a column) and `template`"),
+    "masked without text": ("masked-lm", drop("text"), "needs exactly one of `text` (a column) and `template`"),
+    "numbers of text and template": (
+        "regression",
+        put("template", '"{a}"'),
+        "needs exactly one of `text` (a column) and",
+    ),
+    "words without text": ("token-classification", drop("text"), "needs exactly one of `text`"),
+    # What has no effect on it.
+    "labels for numbers": (
+        "regression",
+        put("labels", '["a", "b"]'),
+        "labels has no effect: regression does not choose",
+    ),
+    "labels for language": (
+        "causal-lm",
+        put("labels", '["a", "b"]'),
+        "labels has no effect: causal-lm does not choose",
+    ),
+    "label for prompts": (
+        "instruction",
+        put("label", '"label"'),
+        "[data] label has no effect on instruction. Remove it.",
+    ),
+    "label for language": ("masked-lm", put("label", '"label"'), "[data] label has no effect on masked-lm. Remove it."),
+    "answer for classes": ("text-classification", put("answer", '"a"'), "[data] answer has no effect on text-class"),
+    "system for language": (
+        "causal-lm",
+        put("system", '"a"'),
+        "system has no effect on causal-lm; it belongs to instr",
+    ),
+    "image for classes": (
+        "text-classification",
+        put("image", '"a"'),
+        "[data] image has no effect on text-classification",
+    ),
+    "text for images": (
+        "image-classification",
+        put("text", '"a"'),
+        "text has no effect on image-classification, which",
+    ),
+    "template for images": ("image-classification", put("template", '"{a}"'), "template has no effect on image-classi"),
+    "pair for images": (
+        "image-classification",
+        put("text_pair", '"a"'),
+        "text_pair has no effect on image-classification",
+    ),
+    "pair for language": ("causal-lm", put("text_pair", '"a"'), "text_pair has no effect on causal-lm; it belongs to"),
+    "pair for words": (
+        "token-classification",
+        put("text_pair", '"a"'),
+        "text_pair has no effect on token-classification",
+    ),
+    "template for words": (
+        "token-classification",
+        templated('"{a}"'),
+        "template does not suit token-classification: each",
+    ),
+    "center for classes": (
+        "text-classification",
+        put("center", "1.0"),
+        "center has no effect on text-classification; it",
+    ),
+    "scale for language": ("causal-lm", put("scale", "2.0"), "scale has no effect on causal-lm; it belongs to regress"),
+    "mask for causal": (
+        "causal-lm",
+        put("mask_rate", "0.3"),
+        "mask_rate has no effect on causal-lm; it belongs to mas",
+    ),
+    "mean for words": (
+        "token-classification",
+        put("pooling", '"mean"'),
+        'pooling = "mean" has no effect on token-class',
+    ),
+    "mean for images": (
+        "image-classification",
+        put("pooling", '"mean"'),
+        'pooling = "mean" has no effect on image-clas',
+    ),
+    "mean for language": (
+        "masked-lm",
+        put("pooling", '"mean"'),
+        'Set it to "own"; only text-classification and regressi',
+    ),
+    # Scores.
+    "auroc of words": (
+        "token-classification",
+        put("score", '"auroc"'),
+        'score = "auroc" does not judge token-classifica',
+    ),
+    "perplexity of classes": (
+        "text-classification",
+        put("score", '"perplexity"'),
+        "Choose one of macro-f1, accuracy, au",
+    ),
+    "f1 of numbers": ("regression", put("score", '"macro-f1"'), "does not judge regression. Choose one of r2, mae."),
+    "r2 of language": (
+        "instruction",
+        put("score", '"r2"'),
+        "does not judge instruction. Choose one of perplexity, acc",
+    ),
+    # A column used twice.
+    "number is text": ("regression", put("label", '"text"'), f"label and text {LEAKS} 'text'"),
+    "answer is prompt": ("instruction", put("answer", '"text"'), f"answer and text {LEAKS} 'text'"),
+    "label is image": ("image-classification", put("label", '"image"'), f"label and image {LEAKS} 'image'"),
+    "template shows the answer": ("instruction", templated('"{answer}?"'), "template shows the answer column 'answer'"),
+    "person is image": (
+        "image-classification",
+        put("person_id", '"image"'),
+        "person_id names the column 'image', which",
+    ),
+    "person is answer": (
+        "instruction",
+        put("person_id", '"answer"'),
+        "person_id names the column 'answer', which is alr",
+    ),
+    # Algorithms.
+    "alternate with momentum": (
+        "text-classification",
+        both(put("method", '"alternate"'), put("server_optimizer", '"fedavgm"')),
+        'method = "alternate" does not go with server_optimizer = "fedavgm": the server\'s momentum would go on moving the',
+    ),
+    "alternate with Adam": (
+        "causal-lm",
+        both(put("method", '"alternate"'), put("server_optimizer", '"fedadam"')),
+        "would go on moving the factor that rests in a round. Choose fedavg",
+    ),
+    "alternate in one round": (
+        "text-classification",
+        both(put("method", '"alternate"'), put("rounds", "1")),
+        'method = "alternate" with rounds = 1 would never train A',
+    ),
+    "proximal of one step": (
+        "text-classification",
+        both(put("proximal", "0.1"), put("steps_per_round", "1")),
+        "proximal = 0.1 has no effect with steps_per_round = 1: at a round's first step",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AT_ODDS)
+def test_what_does_not_suit_the_task_or_the_method_is_refused_with_what_to_do(case: str) -> None:
+    kind, edit, fragment = AT_ODDS[case]
+
+    with pytest.raises(PlanError) as caught:
+        read_plan(edit(STARTERS[kind]).encode())
+
+    assert fragment in str(caught.value)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_the_starter_of_every_kind_of_task_is_a_valid_plan(kind: str) -> None:
+    plan = read_plan(STARTERS[kind].encode())
+
+    assert plan.task.kind == kind
+    assert plan.task.decides == SCORES[kind][0]
+    assert plan.task.labels == (("negative", "positive") if kind.endswith("classification") else ())
+    assert read_plan(spelled(plan).encode()).digest == plan.digest
+
+
+@pytest.mark.parametrize(("kind", "score"), [(kind, score) for kind, names in SCORES.items() for score in names])
+def test_every_score_of_a_kind_can_decide(kind: str, score: str) -> None:
+    plan = read_plan(put("score", f'"{score}"')(STARTERS[kind]).encode())
+
+    assert plan.task.decides == score
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit"),
+    [
+        ("text-classification", put("text_pair", '"more"')),
+        ("text-classification", put("pooling", '"mean"')),
+        (
+            "regression",
+            both(put("text_pair", '"more"'), put("pooling", '"mean"'), put("center", "-3"), put("scale", "9")),
+        ),
+        ("regression", templated('"{a} {b}"')),
+        ("causal-lm", templated('"{a}"')),
+        ("masked-lm", both(templated('"{a}"'), put("mask_rate", "0.4"))),
+        ("instruction", both(templated('"{a}?"'), put("system", '"Be brief."'))),
+        ("image-classification", put("person_id", '"who"')),
+        ("causal-lm", both(put("method", '"alternate"'), put("rounds", "2"))),
+        ("causal-lm", both(put("method", '"share-a"'), put("server_optimizer", '"fedadam"'))),
+        ("causal-lm", both(put("method", '"r-only"'), put("rank", "256"), put("quantization", '"nf4"'))),
+        ("causal-lm", both(put("proximal", "0.1"), put("steps_per_round", "2"))),
+    ],
+)
+def test_what_suits_the_task_and_the_method_is_accepted(kind: str, edit: Edit) -> None:
+    assert read_plan(edit(STARTERS[kind]).encode()).task.kind == kind
+
+
 @pytest.mark.parametrize("case", MALFORMED)
 def test_a_malformed_plan_is_refused_with_its_fault(case: str) -> None:
     edit, fragment = MALFORMED[case]
@@ -249,7 +476,7 @@ def test_nesting_of_every_depth_is_refused_as_a_fault_of_the_plan() -> None:
 
 
 def test_all_faults_are_listed_at_once() -> None:
-    edits = both(put("epsilon", "0"), put("rank", "0"), drop("label"), put("name", '"?"'), under("task", "x = 1"))
+    edits = both(put("epsilon", "0"), put("rank", "0"), drop("rounds"), put("name", '"?"'), under("task", "x = 1"))
 
     with pytest.raises(PlanError) as caught:
         read_plan(edits(STARTER).encode())
@@ -387,7 +614,8 @@ def test_every_default_and_example_is_within_its_own_range() -> None:
         if default in {"required", "absent"}:
             continue
 
-        plan = read_plan(put_in(section, key, default)(STARTER).encode())
+        text = STARTERS["causal-lm"] if key == "labels" else STARTER  # where there need not be any
+        plan = read_plan(put_in(section, key, default)(text).encode())
 
         assert spelled_value(getattr(getattr(plan, section), key)) == default
 
@@ -553,7 +781,11 @@ def test_no_setting_of_the_guarantee_is_in_compute() -> None:
         "device",
         "threads",
         "micro_batch",
+        "memory_mb",
+        "precision",
+        "gradient_checkpointing",
         "cache_prefix",
+        "cache_mb",
     ]
 
 

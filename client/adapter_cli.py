@@ -12,9 +12,12 @@ from confide.common.adapter import Floats
 from confide.common.cli import quiet_libraries
 from confide.common.errors import AdapterError, UsageError
 from confide.common.messages import vector_digest
-from confide.common.plan import Plan, load_plan
+from confide.common.plan import LANGUAGE, MASKED, REGRESSION, TOKEN_CLASSES, Plan, load_plan
 
 if TYPE_CHECKING:
+    from confide.client.images import ImageReader
+    from confide.client.tokenizer import Tokenizer
+    from confide.common.examples import Examples
     from confide.common.model import AdaptedModel
 
 app = typer.Typer()
@@ -48,15 +51,15 @@ def show(adapter: AdapterDir, as_json: AsJson = False) -> None:
 def evaluate(adapter: AdapterDir, model: ModelDir, data: DataFile, as_json: AsJson = False) -> None:
     """Score an adapter on a table of your own."""
     quiet_libraries()
-    from confide.client.data import load_tokenizer, read_examples
+    from confide.client.data import load_reader, read_examples
     from confide.common.model import attach
-    from confide.common.score import scores
+    from confide.common.objective import measure
 
     plan = _plan(adapter)
     adapted = attach(model, plan)
     adapted.write(_vector(adapted, adapter))
-    reading = read_examples(data, plan, load_tokenizer(model))
-    found = scores(adapted.probabilities(reading.examples), reading.examples.labels)
+    reading = read_examples(data, plan, load_reader(model, plan))
+    found = measure(adapted, reading.examples)
     if as_json:
         typer.echo(json.dumps({"status": "ok", "rows": reading.kept, "skipped": dict(reading.skipped), **found}))
         return
@@ -74,10 +77,15 @@ def predict(
     model: ModelDir,
     data: DataFile,
     out: Annotated[Path | None, typer.Option(help="A CSV file to write; standard output if absent.")] = None,
+    tokens: Annotated[int, typer.Option(help="The most tokens a language model says.", min=1, max=4096)] = 64,
 ) -> None:
-    """Say each row's label and the probability of every label, as CSV, in the order of the rows."""
+    """Say what the model makes of each row, as CSV, in the order of the rows.
+
+    Classes: the label and the probability of every label. Regression: the number. Token classes: a label for each word.
+    Language models: what they go on with.
+    """
     quiet_libraries()
-    from confide.client.data import load_tokenizer, read_texts
+    from confide.client.data import load_reader, read_texts
     from confide.common.model import attach
 
     if out is not None and out.exists():
@@ -85,10 +93,8 @@ def predict(
     plan = _plan(adapter)
     adapted = attach(model, plan)
     adapted.write(_vector(adapted, adapter))
-    chances = adapted.probabilities(read_texts(data, plan, load_tokenizer(model)))
-    labels = plan.task.labels
-    rows = [[labels[line.argmax()], *(f"{chance:.6f}" for chance in line)] for line in chances]
-    header = ["label", *(f"probability {label}" for label in labels)]
+    reader = load_reader(model, plan)
+    header, rows = _predictions(adapted, read_texts(data, plan, reader), reader, tokens)
     if out is None:
         csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
         return
@@ -130,6 +136,30 @@ def export(
     adapted.export(load_vector(version, adapted.layout), out)
     (out / "plan.toml").write_bytes(plan.read_bytes())
     typer.echo(f"Wrote a PEFT adapter to {out}.")
+
+
+def _predictions(
+    adapted: "AdaptedModel", examples: "Examples", reader: "Tokenizer | ImageReader", tokens: int
+) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of a table of predictions."""
+    from confide.client.tokenizer import Tokenizer
+    from confide.common.objective import continued, numbers, probabilities, word_classes
+
+    labels, kind = adapted.plan.task.labels, adapted.plan.task.kind
+    if kind == MASKED:
+        raise UsageError(
+            "masked-lm adapts a base to a kind of text and answers no questions. Merge the adapter, and train a "
+            "classifier on the result."
+        )
+    if isinstance(reader, Tokenizer) and kind in LANGUAGE:
+        return ["text"], [[reader.decode(row)] for row in continued(adapted, examples, tokens)]
+    if kind == REGRESSION:
+        return ["number"], [[f"{number:.6g}"] for number in numbers(adapted, examples)]
+    if kind == TOKEN_CLASSES:
+        return ["labels"], [[" ".join(labels[word] for word in row)] for row in word_classes(adapted, examples)]
+    chances = probabilities(adapted, examples)
+    header = ["label", *(f"probability {label}" for label in labels)]
+    return header, [[labels[line.argmax()], *(f"{chance:.6f}" for chance in line)] for line in chances]
 
 
 def _vector(adapted: "AdaptedModel", adapter: Path) -> Floats:

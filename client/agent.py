@@ -201,7 +201,7 @@ class Agent:
     def _train(self, number: int, start: Start) -> RingVector:
         randomness = self._randomness(number)
         self.spends.reserve(self._mechanism.spend(number, randomness.name), start.adapter_digest, self._roster)
-        delta = self._trainer.train(start.adapter, self._mechanism, randomness)
+        delta = self._trainer.train(number, start.adapter, self._mechanism, randomness)
         vector = encode(delta.values, self._ring, Keystream(randomness.rounding_key()))
         if self._protection.retries:
             self.spends.bind(number, self._kept.put(number, vector))

@@ -20,12 +20,8 @@ class Randomness(Protocol):
 
     name: str
 
-    def uniforms(self, count: int) -> npt.NDArray[np.float64]:
-        """Return independent uniforms in [0, 1), (count,)."""
-        ...
-
-    def gaussian(self, count: int) -> npt.NDArray[np.float64]:
-        """Return independent standard normals, (count,)."""
+    def words(self, count: int) -> npt.NDArray[np.uint64]:
+        """Return independent uniform 64-bit words, (count,)."""
         ...
 
     def rounding_key(self) -> bytes:
@@ -61,6 +57,11 @@ class Mechanism:
             steps=privacy.steps_per_round,
             divisor=privacy.sampling_rate * declared_persons,
         )
+
+    @property
+    def private(self) -> bool:
+        """Whether gradients are clipped and noised at all."""
+        return self.noise_multiplier > 0 and self.clip_norm < math.inf
 
     def insecure_no_noise(self) -> "Mechanism":
         """Return the same without clipping and noise: no privacy at all, for comparisons in simulations."""
@@ -99,6 +100,6 @@ class Trainer(Protocol):
     person_count: int
     layout_digest: str
 
-    def train(self, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:
-        """Return what one round of private training made of `start`."""
+    def train(self, number: int, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:
+        """Return what round `number` of private training made of `start`."""
         ...

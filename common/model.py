@@ -1,13 +1,11 @@
-"""A base model from a local directory, the adapter on it, and the way between tensors and one flat vector.
+"""A frozen base with an adapter on it, and the way between trained tensors and flat vectors.
 
-The base model is any of Hugging Face's sequence classifiers. It is frozen, loaded from safetensors, never from a hub,
-and no code beside it is run. Adapters are peft's LoRA. Where adapters sit in the top layers only, the layers below are
-the same for every round and site: `PrefixCache` computes them once.
+Adapters are peft's LoRA; which factors of them are trained is the plan's method. What is exported is peft's standard
+format.
 """
 
-import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +13,68 @@ import numpy as np
 import torch
 from torch import nn
 
-from confide.common.adapter import Floats, Layout, frozen_factor, load_tensors, seeded_head
+from confide.common.adapter import Floats, Layout, load_tensors, load_vector, save_vector, seeded_head
 from confide.common.base import check_base
 from confide.common.errors import AdapterError, ModelError
-from confide.common.examples import Examples, Ints
-from confide.common.plan import Plan
+from confide.common.examples import Batch, Examples, Ints
+from confide.common.factors import Factors, add_factors, plain, rests, stays, trained
+from confide.common.network import (
+    device,
+    head_modules,
+    layers,
+    load_base,
+    most_tokens,
+    pixel_scale,
+    transformers_config,
+)
+from confide.common.plan import LANGUAGE, R_ONLY, Plan
 
 _ADAPTER = "default"
+_TRAINED = "trained.safetensors"  # beside peft's files where those do not hold the trained numbers themselves
 
 
 class AdaptedModel:
-    """A frozen base model with an adapter and a head, whose trainable numbers are one flat vector.
+    """A frozen base model with an adapter and a head, whose trained numbers are flat vectors.
 
     Attributes:
         network: The peft model, in training mode with every dropout at zero.
-        layout: The order of the trainable tensors in the vector.
-        trainable: The trainable parameters by name, in the layout's order.
+        plan: The plan.
+        factors: The low-rank factors of every adapted layer.
+        trainable: The trained parameters by name, float32 whatever the base computes with.
         head: The names among them that belong to the head.
+        layout: The order of the trained tensors that are sent.
+        personal: The order of those that stay at the site; empty but with the method `share-a`.
         start: The vector a run begins with, (layout.length,), float32.
+        personal_start: What the personal ones begin with, (personal.length,), float32.
         blocks: The transformer's layers.
         first_adapted: The index of the lowest layer that carries an adapter.
     """
 
-    def __init__(self, network: Any, plan: Plan, head_modules: Sequence[str]) -> None:  # noqa: ANN401  peft has no types
+    def __init__(
+        self,
+        network: Any,  # noqa: ANN401  peft has no types
+        plan: Plan,
+        factors: Sequence[Factors],
+        head: dict[str, nn.Parameter],
+        pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    ) -> None:
         self.network = network
         self.plan = plan
-        named = {_plain(name): p for name, p in network.named_parameters() if p.requires_grad}
-        self.layout = Layout.of({name: tuple(p.shape) for name, p in named.items()})
-        self.trainable = {name: named[name] for name, _ in self.layout.tensors}
-        self.head = frozenset(name for name in named if name.split(".")[0] in head_modules)
-        self.blocks = _blocks(network)
+        self.factors = tuple(factors)
+        method = plan.adapter.method
+        named = dict(head)
+        for factor in self.factors:
+            named |= {name: p for name, p in factor.names.items() if p.requires_grad}
+        self.trainable = {name: named[name] for name in sorted(named)}
+        self.head = frozenset(head)
+        shapes = {name: tuple(p.shape) for name, p in self.trainable.items()}
+        self.layout = Layout.of({name: shape for name, shape in shapes.items() if not stays(name, method)})
+        self.personal = Layout.of({name: shape for name, shape in shapes.items() if stays(name, method)})
+        self.blocks = layers(network)
         top = plan.adapter.top_layers
         self.first_adapted = len(self.blocks) - top if top else 0
-        self.start = self.read()
+        self._pixels = pixels
+        self.start, self.personal_start = self.read(), self.read(self.personal)
 
     @property
     def device(self) -> torch.device:
@@ -55,75 +82,137 @@ class AdaptedModel:
         first: nn.Parameter = next(iter(self.trainable.values()))
         return first.device
 
-    def read(self) -> Floats:
-        """Return the trainable numbers as one vector, (layout.length,), float32."""
-        return self.layout.flatten({name: p.detach().cpu().numpy() for name, p in self.trainable.items()})
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the trained numbers are kept in: float32, or float64 in exact tests."""
+        first: nn.Parameter = next(iter(self.trainable.values()))
+        return first.dtype
 
-    def write(self, vector: Floats) -> None:
-        """Set the trainable numbers.
+    def active(self, round_number: int) -> tuple[str, ...]:
+        """Return the names of the parameters that round trains, sorted."""
+        return tuple(name for name in self.trainable if not rests(name, self.plan.adapter.method, round_number))
+
+    def read(self, layout: Layout | None = None) -> Floats:
+        """Return the trained numbers as one vector, (layout.length,), float32; those that are sent if not told else."""
+        layout = layout or self.layout
+        return layout.flatten({name: self.trainable[name].detach().cpu().numpy() for name, _ in layout.tensors})
+
+    def write(self, vector: Floats, layout: Layout | None = None) -> None:
+        """Set the trained numbers; those that are sent if not told else.
 
         Raises:
             AdapterError: The vector has another length.
         """
         with torch.no_grad():
-            for name, part in self.layout.split(vector).items():
+            for name, part in (layout or self.layout).split(vector).items():
                 self.trainable[name].copy_(torch.from_numpy(part))
+        self.settle()
 
-    def logits(self, examples: Examples, rows: Ints, cache: "PrefixCache | None" = None) -> torch.Tensor:
-        """Return one line of scores per row, (rows, labels); `rows` must not be empty."""
-        batch = examples.batch(rows)
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        if self.network.config.__dict__.get("type_vocab_size", 0) > 1:
-            inputs["token_type_ids"] = batch.token_type_ids
-        tensors = {name: torch.from_numpy(value).to(self.device) for name, value in inputs.items()}
-        hidden = None if cache is None else cache.hidden(examples, rows)
-        with _replaying(self, hidden):
-            scores: torch.Tensor = self.network(**tensors).logits
-        return scores
+    def settle(self) -> None:
+        """Let peft's factors be what the trained numbers make them; due after each change of these."""
+        for factor in self.factors:
+            factor.settle()
 
-    def probabilities(self, examples: Examples, cache: "PrefixCache | None" = None, micro_batch: int = 256) -> Floats:
-        """Return each row's class probabilities, (rows, labels), float32, in the order of the rows."""
-        result = np.zeros((len(examples), len(self.plan.task.labels)), np.float32)
-        order = np.argsort(examples.lengths, kind="stable")
-        with torch.no_grad():
-            for start in range(0, len(order), micro_batch):
-                rows = order[start : start + micro_batch]
-                result[rows] = self.logits(examples, rows, cache).float().softmax(-1).cpu().numpy()
-        return result
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Return the scores of a batch, float32 or wider: (rows, outputs), or (rows, longest, outputs) of tokens."""
+        bfloat16 = self.plan.compute.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+            scores: torch.Tensor = self.network(**self._inputs(batch)).logits
+        return scores.float() if bfloat16 else scores
 
-    def export(self, vector: Floats, directory: Path) -> None:
+    def logits(self, examples: Examples, rows: Ints) -> torch.Tensor:
+        """Return the scores of the given rows; `rows` must not be empty."""
+        return self.forward(examples.batch(rows))
+
+    def row_bytes(self, lengths: Ints) -> Ints:
+        """Return about how many bytes a row of each of these lengths takes on its way through the adapted layers.
+
+        Args:
+            lengths: Tokens, padding included; pixels for images.
+
+        Source: Korthikanti et al. 2022 (arXiv 2205.05198), Sec. 4, without what dropout and the squares of the length
+        take, which fused attention does not keep; it agrees with what was measured of MiniLM within a quarter, while
+        small Llamas and GPT-2s took up to twice as much.
+        """
+        config = self.network.config
+        width = int(config.hidden_size)
+        inner = int(getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * width)
+        depth = (len(self.blocks) or int(config.num_hidden_layers)) - self.first_adapted
+        each = 9 * width + 2 * inner
+        # A layer that is computed again is there with what comes back and with the gaps that freed memory leaves.
+        numbers = width * depth + 3 * each if self.plan.compute.gradient_checkpointing else each * depth
+        if self.plan.task.kind in LANGUAGE:
+            numbers += 3 * int(config.vocab_size)  # scores, their gradient and the loss's own copy
+        positions = lengths
+        if self.plan.data.image:
+            positions = np.full_like(lengths, (int(config.image_size) // int(config.patch_size)) ** 2 + 1)
+        return positions * numbers * self.dtype.itemsize
+
+    def export(self, vector: Floats, directory: Path, personal: Floats | None = None) -> None:
         """Write `vector` as a standard PEFT directory: `adapter_config.json`, `adapter_model.safetensors`.
 
+        With the method `share-a` it is a site's own adapter if that site's `personal` numbers are given; without them the
+        factors B are 0 and the adapter does nothing until a site puts in its own.
+
         `peft.PeftModel.from_pretrained(base, directory)` then gives the same logits. With pooling `own`, `base` is
-        `AutoModelForSequenceClassification.from_pretrained(base_directory, num_labels=…)`; with `mean`, `load_base`.
+        loaded by the class that `network.CLASSES` names; with `mean`, by `network.load_base`.
         """
         self.write(vector)
+        self.write(self.personal_start if personal is None else personal, self.personal)
         config = self.network.peft_config[_ADAPTER]
         config.base_model_name_or_path = self.plan.model.base
         config.inference_mode = True
         # peft keeps names in sets, whose order changes from process to process; equal runs must give equal bytes.
         config.target_modules = sorted(config.target_modules)
-        config.modules_to_save = sorted(set(config.modules_to_save))
+        config.modules_to_save = sorted(set(config.modules_to_save)) if config.modules_to_save else None
         directory.mkdir(parents=True, exist_ok=True)
         self.network.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # peft's empty template; ours is a model card
+        if self.plan.adapter.method == R_ONLY:
+            save_vector(directory / _TRAINED, vector, self.layout)
 
     def import_exported(self, directory: Path) -> Floats:
         """Return the vector that `export` wrote to `directory`, checked against this model's layout and factors.
 
+        The model is left with it, and with the personal numbers that were written beside it.
+
         Raises:
             AdapterError: The files are missing, damaged, of another layout, or hold other frozen factors.
         """
-        tensors = {_plain(n): t for n, t in load_tensors(directory / "adapter_model.safetensors").items()}
-        for name, p in self.network.named_parameters():
-            if ".lora_A." in name:
-                factor = tensors.pop(_plain(name), None)
-                if factor is None or not np.array_equal(factor, p.detach().cpu().numpy()):
+        tensors = {plain(n): t for n, t in load_tensors(directory / "adapter_model.safetensors").items()}
+        if self.plan.adapter.method == R_ONLY:
+            vector = load_vector(directory / _TRAINED, self.layout)
+        else:
+            vector = self.layout.flatten({n: t for n, t in tensors.items() if n in dict(self.layout.tensors)})
+            mine = {n: t for n, t in tensors.items() if n in dict(self.personal.tensors)}
+            self.write(self.personal.flatten(mine), self.personal)
+        self.write(vector)
+        for factor in self.factors:
+            for name, p in ((f"{factor.name}.lora_A.weight", factor.a), (f"{factor.name}.lora_B.weight", factor.b)):
+                found = tensors.pop(name, None)
+                if found is None or not np.array_equal(found, p.detach().cpu().numpy()):
                     raise AdapterError(
-                        f"The adapter in {directory} was trained with other frozen factors than the plan's seed gives. "
-                        "Use the plan it was trained with."
+                        f"The adapter in {directory} holds other factors than the plan's seed and its trained numbers "
+                        "give. Use the plan it was trained with."
                     )
-        return self.layout.flatten(tensors)
+        if unknown := sorted(set(tensors) - self.head):
+            raise AdapterError(f"The adapter in {directory} holds tensors this plan does not train: {unknown[0]}.")
+        return vector
+
+    def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        if batch.pixels is not None:
+            mean, deviation = self._pixels or ((0.5,) * 3, (0.5,) * 3)
+            pixels = torch.from_numpy(batch.pixels).to(self.device).to(self.dtype) / 255  # (rows, 3, height, width)
+            shape = (1, 3, 1, 1)
+            shift, scale = (torch.tensor(v, dtype=self.dtype, device=self.device) for v in (mean, deviation))
+            return {"pixel_values": (pixels - shift.view(shape)) / scale.view(shape)}
+        # Padding holds the pad token the network knows, whatever the tokenizer's is: by it decoders' classifiers find
+        # where a row ends, which must not move with the length of the row beside it.
+        ids = np.where(batch.attention_mask == 1, batch.input_ids, self.network.config.pad_token_id)
+        inputs = {"input_ids": ids, "attention_mask": batch.attention_mask}
+        if self.network.config.__dict__.get("type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = batch.token_type_ids
+        return {name: torch.from_numpy(value).to(self.device) for name, value in inputs.items() if value is not None}
 
 
 def attach(directory: Path, plan: Plan, *, head_only: bool = False, dtype: torch.dtype = torch.float32) -> AdaptedModel:
@@ -136,311 +225,128 @@ def attach(directory: Path, plan: Plan, *, head_only: bool = False, dtype: torch
         dtype: float32; float64 for exact tests.
 
     Raises:
-        ModelError: The base model is missing, altered, no sequence classifier, lacks the plan's targets, or has weights
-            missing outside its head.
+        ModelError: The base model is missing, altered, of no use for the plan's task, lacks the plan's targets, or has
+            weights missing outside its head; or nothing would be trained.
     """
     check_base(directory, plan.model.base_digest)
-    base = load_base(directory, plan, dtype)
-    head = _head_modules(base)
-    network = _add_lora(base, plan, head)
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            plain = _plain(name)
-            if ".lora_A." in name:
-                p.copy_(torch.from_numpy(frozen_factor(plain, p.shape[0], p.shape[1], plan.adapter.seed)))
-                p.requires_grad_(requires_grad=False)  # ffa: A is never trained, so never sent
-            elif ".lora_B." in name:
-                p.requires_grad_(not head_only)
-            elif p.requires_grad and plain.split(".")[0] in head:
-                p.copy_(torch.from_numpy(_head_start(plain, tuple(p.shape), plan)))
-    network.to(_device(plan))
-    network.train()  # per-example hooks work in training mode only; every dropout is zero
-    model = AdaptedModel(network, plan, head)
+    bfloat16 = plan.compute.precision == "bfloat16"
+    where = device(plan)
+    base = load_base(directory, plan, torch.bfloat16 if bfloat16 else dtype)
+    head = head_modules(base, plan)
+    network, factors = add_factors(base, plan, head)
+    for p in network.parameters():
+        p.requires_grad = False
+    for factor in factors:
+        for name in () if head_only else trained(factor, plan.adapter.method):
+            factor.names[name].requires_grad = True
+    heads = _heads(network, head, plan, dtype)
+    if head_only and not heads:
+        raise ModelError(f"{plan.task.kind} trains no head, so without its adapter nothing would be trained.")
+    if where.type != "cpu":
+        network.to(where)
+        factors = tuple(_moved(factor, where) for factor in factors)
+    network.train()  # layers are computed again on the way back in training mode only; every dropout is zero
+    if plan.compute.gradient_checkpointing:
+        network.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    pixels = pixel_scale(directory) if plan.data.image else None
+    model = AdaptedModel(network, plan, factors, heads, pixels)
     _check_longest(model)
     return model
-
-
-def _check_longest(model: AdaptedModel) -> None:
-    """Return if a text of max_tokens tokens goes through the model: its positions may be fewer."""
-    length = model.plan.model.max_tokens
-    ids = torch.ones(1, length, dtype=torch.long, device=model.device)
-    try:
-        with torch.no_grad():
-            model.network(input_ids=ids, attention_mask=torch.ones_like(ids))
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ModelError(
-            f"The base model cannot read texts of [model] max_tokens = {length} tokens ({type(error).__name__}). "
-            "Lower max_tokens to what the model was made for."
-        ) from None
 
 
 def merge(model: AdaptedModel, vector: Floats, base_directory: Path, directory: Path) -> None:
     """Write full weights, the base with the adapter folded in, that transformers loads without peft.
 
     Raises:
-        ModelError: The plan pools by the mean, for which transformers has no class.
+        ModelError: The plan pools by the mean, for which transformers has no class, or its base is kept in 4 bits.
     """
     import copy
 
     if model.plan.model.pooling != "own":
         raise ModelError(
             '[model] pooling = "mean" has no class in transformers that could load merged weights. '
-            "Use the adapter's directory with confide.common.model.load_base instead."
+            "Use the adapter's directory with confide.common.network.load_base instead."
         )
-
+    if model.plan.model.quantization != "none":
+        raise ModelError(
+            "Nothing can be folded into a base in 4 bits without loss. Use the adapter's directory as it is."
+        )
     model.write(vector)
     merged = copy.deepcopy(model.network).merge_and_unload()
     for p in merged.parameters():
-        p.requires_grad_(requires_grad=False)
-    merged.config = _config(base_directory, model.plan, dropout=True)
+        p.requires_grad = False
+    merged.config = transformers_config(base_directory, model.plan)
     merged.config.architectures = [type(merged).__name__]
     merged.save_pretrained(directory)
     for file in base_directory.iterdir():
-        if file.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece")):
+        if file.name.startswith(_BESIDE_WEIGHTS):
             shutil.copyfile(file, directory / file.name)
 
 
-class PrefixCache:
-    """What the frozen layers below the adapters make of every token, computed once and kept in memory.
-
-    It lies beside the token stores of `Examples`: a row's window into its token store is its window into the cache, so
-    subsets and unions of cached examples need nothing more. It is as sensitive as the rows themselves.
-    """
-
-    def __init__(self, model: AdaptedModel, micro_batch: int = 64) -> None:
-        self._model = model
-        self._micro_batch = micro_batch
-        self._stores: dict[int, tuple[object, torch.Tensor]] = {}
-
-    @staticmethod
-    def helps(model: AdaptedModel) -> bool:
-        """Whether there are frozen layers below the adapters whose output can stand in for them."""
-        return model.first_adapted > 0 and model.plan.compute.cache_prefix
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory the cache takes."""
-        return sum(hidden.nbytes for _, hidden in self._stores.values())
-
-    def add(self, examples: Examples) -> Iterator[int]:
-        """Compute the rows of `examples`, yielding how many are done after each batch.
-
-        Raises:
-            ModelError: This architecture gives other logits when its lower layers are replayed.
-        """
-        order = np.argsort(examples.lengths, kind="stable")
-        for start in range(0, len(order), self._micro_batch):
-            rows = order[start : start + self._micro_batch]
-            with torch.no_grad():
-                hidden, logits = _prefix(self._model, examples, rows)
-            for line, row in enumerate(rows):
-                length = int(examples.lengths[row])
-                self._window(examples, int(row), hidden.shape[-1])[:] = hidden[line, :length].cpu()
-            if start == 0:
-                self._check(examples, rows, logits)
-            yield start + len(rows)
-
-    def hidden(self, examples: Examples, rows: Ints) -> torch.Tensor:
-        """Return the given rows' hidden states, (rows, longest, width), zero where padding is."""
-        windows = [self._window(examples, int(row)) for row in rows]
-        return nn.utils.rnn.pad_sequence(windows, batch_first=True).to(self._model.device)
-
-    def _window(self, examples: Examples, row: int, width: int | None = None) -> torch.Tensor:
-        tokens = examples.tokens[int(examples.store[row])]
-        if id(tokens) not in self._stores:
-            if width is None:
-                raise ModelError("These rows were never added to the prefix cache.")
-            dtype = next(iter(self._model.trainable.values())).dtype
-            # The tokens are kept beside their hidden states, so that the id stays theirs.
-            self._stores[id(tokens)] = (tokens, torch.empty(len(tokens), width, dtype=dtype))
-        start = int(examples.starts[row])
-        return self._stores[id(tokens)][1][start : start + int(examples.lengths[row])]
-
-    def _check(self, examples: Examples, rows: Ints, logits: torch.Tensor) -> None:
-        with torch.no_grad():
-            replayed = self._model.logits(examples, rows, self)
-        if not torch.allclose(replayed, logits, rtol=1e-4, atol=1e-5):
-            raise ModelError(
-                f"{type(self._model.network.get_base_model()).__name__} gives other logits when its lower layers are "
-                "replayed from memory. Set [compute] cache_prefix = false for this model."
-            )
+# What a merged model needs of its base beside the weights, by how the files' names begin.
+_BESIDE_WEIGHTS = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "spiece",
+    "chat_template",
+    "preprocessor_config",
+)
 
 
-def _prefix(model: AdaptedModel, examples: Examples, rows: Ints) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what enters the lowest adapted layer, (rows, longest, width), and the logits."""
-    seen: list[torch.Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
-
-    handle = model.blocks[model.first_adapted].register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        logits = model.logits(examples, rows)
-    finally:
-        handle.remove()
-    return seen[0], logits
+def _heads(network: nn.Module, head: Sequence[str], plan: Plan, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """Return the head's parameters at the plan's start, by name, kept in `dtype` and requiring gradients."""
+    found = {}
+    for name, p in network.named_parameters():
+        short = plain(name)
+        if ".modules_to_save." in name and short.split(".")[0] in head:
+            p.data = torch.from_numpy(_head_start(short, tuple(p.shape), plan)).to(dtype)
+            p.requires_grad = True
+            found[short] = p
+    return found
 
 
-class _Replay(nn.Module):
-    """Stands in for a frozen layer: the first gives the cached hidden states, the others pass them on."""
+def _moved(factor: Factors, where: torch.device) -> Factors:
+    """Return the factors with R and its frame, which are no part of the network, where the network is."""
+    import dataclasses
 
-    def __init__(self, layer: nn.Module, hidden: torch.Tensor | None) -> None:
-        super().__init__()
-        self._layer = [layer]  # in a list, so that it is not registered as a submodule
-        self._hidden = hidden
-
-    def forward(self, hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-        return hidden_states if self._hidden is None else self._hidden
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  whatever the layer has, such as attention_type
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattribute__("_layer")[0], name)
+    if factor.r is None or factor.frame is None:
+        return factor
+    r = nn.Parameter(factor.r.detach().to(where), requires_grad=factor.r.requires_grad)
+    return dataclasses.replace(factor, r=r, frame=factor.frame.to(where))
 
 
-@contextlib.contextmanager
-def _replaying(model: AdaptedModel, hidden: torch.Tensor | None) -> Iterator[None]:
-    layers = [] if hidden is None else list(model.blocks)[: model.first_adapted]
-    for index, layer in enumerate(layers):
-        model.blocks[index] = _Replay(layer, hidden if index == 0 else None)
-    try:
-        yield
-    finally:
-        for index, layer in enumerate(layers):
-            model.blocks[index] = layer
-
-
-def load_base(directory: Path, plan: Plan, dtype: torch.dtype = torch.float32) -> Any:  # noqa: ANN401  transformers' own
-    """Return the plan's base model without its adapter, with every dropout at zero.
-
-    It is what `peft.PeftModel.from_pretrained(load_base(…), adapter_directory)` needs. With pooling `own` that is
-    transformers' `AutoModelForSequenceClassification`; with `mean` a `MeanPooledClassifier` around its `AutoModel`.
-
-    Raises:
-        ModelError: It cannot be loaded, or has weights missing outside its head.
-    """
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    mean = plan.model.pooling == "mean"
-    factory = transformers.AutoModel if mean else transformers.AutoModelForSequenceClassification
-    try:
-        base, info = factory.from_pretrained(
-            directory,
-            config=_config(directory, plan, dropout=False),
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # a directory can be wrong in as many ways as transformers has classes
+def _check_longest(model: AdaptedModel) -> None:
+    """Return if a text of max_tokens tokens goes through the model: its positions may be fewer."""
+    if model.plan.data.image:
+        return
+    length, config = model.plan.model.max_tokens, model.network.config
+    if length > (most := most_tokens(config) or length):
         raise ModelError(
-            f"The base model in {directory} cannot be loaded as a text classifier ({type(error).__name__}). Give a complete "
-            "model of an architecture that transformers knows, without code of its own."
-        ) from None
-    absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
-    if mean:
-        absent = {key for key in absent if not key.startswith("pooler.")}  # a mean has no use for it
-        base = MeanPooledClassifier(base, len(plan.task.labels)).to(dtype)
-    outside = sorted(key for key in absent if key.split(".")[0] not in _head_modules(base))
-    if outside:
-        raise ModelError(
-            f"The base model in {directory} lacks weights outside its head: {', '.join(outside[:5])}. "
-            "They would be random and frozen. Use a complete checkpoint of this architecture."
+            f"The base model cannot read texts of [model] max_tokens = {length} tokens, but {most} at most. "
+            "Lower max_tokens."
         )
-    return base
-
-
-class MeanPooledClassifier(nn.Module):
-    """A sentence encoder with a linear head on the mean of its token vectors, padding left out."""
-
-    base_model_prefix = "encoder"
-
-    def __init__(self, encoder: Any, labels: int) -> None:  # noqa: ANN401  any of transformers' encoders
-        super().__init__()
-        self.encoder = encoder
-        self.classifier = nn.Linear(encoder.config.hidden_size, labels)
-        self.config = encoder.config
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> Any:  # noqa: ANN401
-        """Return an output whose `logits` are (rows, labels)."""
-        from transformers.modeling_outputs import SequenceClassifierOutput
-
-        tokens = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
-        mask = attention_mask[..., None].to(tokens.dtype)  # (rows, longest, 1)
-        pooled = (tokens * mask).sum(dim=1) / mask.sum(dim=1)  # (rows, width)
-        return SequenceClassifierOutput(logits=self.classifier(pooled))
-
-
-def _head_modules(base: Any) -> list[str]:  # noqa: ANN401  transformers' own
-    return [
-        name
-        for name, child in base.named_children()
-        if name != base.base_model_prefix and next(child.parameters(), None) is not None
-    ]
-
-
-def _config(directory: Path, plan: Plan, *, dropout: bool) -> Any:  # noqa: ANN401  transformers' own
-    import transformers
-
-    labels = plan.task.labels
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            directory,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: index for index, label in enumerate(labels)},
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except Exception as error:  # a configuration can be wrong in as many ways as transformers has classes
-        raise ModelError(
-            f"The configuration in {directory} is not that of a model transformers knows ({type(error).__name__})."
-        ) from None
-    if not dropout:
-        for key, value in config.to_dict().items():
-            if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
-                setattr(config, key, 0.0)
-    if config.pad_token_id is None:
-        config.pad_token_id = config.eos_token_id
-    return config
-
-
-def _add_lora(base: Any, plan: Plan, head: Sequence[str]) -> Any:  # noqa: ANN401  peft has no types
-    import peft
-
-    layers, top = base.config.num_hidden_layers, plan.adapter.top_layers
-    if top > layers:
-        raise ModelError(f"[adapter] top_layers = {top}, but the base model has {layers} layers.")
-    config = peft.LoraConfig(
-        task_type="SEQ_CLS" if plan.model.pooling == "own" else None,
-        r=plan.adapter.rank,
-        lora_alpha=plan.adapter.alpha,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules=list(plan.adapter.targets),
-        layers_to_transform=list(range(layers - top, layers)) if top else None,
-        modules_to_save=list(head),
+    # RoBERTa, for one, counts positions from beyond its pad token's number and gives padding none.
+    ids = np.full((1, length), int(config.pad_token_id == 0), np.int64)
+    zeros = np.zeros_like(ids)
+    batch = Batch(
+        input_ids=ids,
+        attention_mask=np.ones_like(ids),
+        token_type_ids=zeros,
+        labels=zeros[0, :1],
+        targets=None,
+        pixels=None,
     )
-    linear = {n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear) or _is_conv1d(m)}
-    unknown = sorted(set(plan.adapter.targets) - linear)
-    if unknown:
-        raise ModelError(
-            f"[adapter] targets names {', '.join(unknown)}, which the base model does not have. "
-            f"Its linear modules are {', '.join(sorted(linear))}."
-        )
     try:
-        return peft.get_peft_model(base, config)
-    except ValueError as error:
-        raise ModelError(f"The adapter does not fit the base model: {error}") from None
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"  # GPT-2's linear layer, with its weight transposed
+        with torch.no_grad():
+            model.forward(batch)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ModelError(
+            f"The base model cannot read texts of [model] max_tokens = {length} tokens ({type(error).__name__}). "
+            "Lower max_tokens to what the model was made for."
+        ) from None
 
 
 def _head_start(name: str, shape: tuple[int, ...], plan: Plan) -> Floats:
@@ -450,26 +356,3 @@ def _head_start(name: str, shape: tuple[int, ...], plan: Plan) -> Floats:
     if last and plan.adapter.head_start == "zeros":
         return np.zeros(shape, np.float32)
     return seeded_head(name, shape, plan.adapter.seed)
-
-
-def _blocks(network: nn.Module) -> nn.ModuleList:
-    depth = network.config.num_hidden_layers  # type: ignore[union-attr]
-    found = [m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    return found[0] if found else nn.ModuleList()
-
-
-def _plain(name: str) -> str:
-    """Return a parameter's name without what peft puts around it."""
-    name = name.removeprefix("base_model.model.").replace(".modules_to_save.", ".")
-    return name.replace(f".{_ADAPTER}.", ".")
-
-
-def _device(plan: Plan) -> torch.device:
-    wanted = plan.compute.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    elif (wanted == "cuda" and not torch.cuda.is_available()) or (
-        wanted == "mps" and not torch.backends.mps.is_available()
-    ):
-        raise ModelError(f'[compute] device = "{wanted}", but torch sees none here. Choose auto or cpu.')
-    return torch.device(wanted)

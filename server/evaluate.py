@@ -2,8 +2,9 @@
 
 from confide.common.adapter import Floats
 from confide.common.examples import Examples
-from confide.common.model import AdaptedModel, PrefixCache
-from confide.common.score import scores
+from confide.common.model import AdaptedModel
+from confide.common.objective import measure
+from confide.common.prefix import PrefixCache
 
 
 def evaluate(
@@ -11,4 +12,4 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the scores of `adapter` on `examples` by name; the model is left with that adapter."""
     model.write(adapter)
-    return scores(model.probabilities(examples, cache), examples.labels)
+    return measure(model, examples, cache)

@@ -6,15 +6,28 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from confide.common.accounting import Spend, cost
+from confide.common.accounting import Spend, claimed
 from confide.common.adapter import Floats
 from confide.common.errors import PrivacyError
 from confide.common.graph import SEMI_HONEST
 from confide.common.messages import vector_digest
 from confide.common.model import AdaptedModel
+from confide.common.network import CLASSES
+from confide.common.plan import (
+    CAUSAL,
+    IMAGE_CLASSES,
+    INSTRUCTION,
+    MASKED,
+    REGRESSION,
+    TEXT_CLASSES,
+    TOKEN_CLASSES,
+    Plan,
+    Privacy,
+)
 from confide.server.store import RoundRecord
 
 FORMAT = "confide-manifest/1"
+ONE_PROCESS = "insecure_one_process"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +49,12 @@ class Claim:
     steps: int
 
 
-def claim(spends: Sequence[Spend], delta: float, rounds: Iterable[int]) -> Claim:
+def claim(spends: Sequence[Spend], privacy: Privacy, rounds: Iterable[int]) -> Claim:
     """Return what one site's spends add up to.
 
     Args:
         spends: What the site recorded, at least one.
-        delta: The plan's.
+        privacy: The plan's; `accounting.claimed` says what it makes of rounds that were not made, or were made otherwise.
         rounds: Those whose sum the site is in; each must have its spend.
 
     Raises:
@@ -54,8 +67,8 @@ def claim(spends: Sequence[Spend], delta: float, rounds: Iterable[int]) -> Claim
             "nothing can be claimed. Restore the run's sites/*.jsonl."
         )
     return Claim(
-        epsilon=math.ceil(cost(spends, delta).epsilon * 1e6) / 1e6,  # never rounded down
-        delta=delta,
+        epsilon=math.ceil(claimed(spends, privacy) * 1e6) / 1e6,  # never rounded down
+        delta=privacy.delta,
         noise_multiplier=min(spend.noise_multiplier for spend in spends),
         noise=spends[0].noise,
         steps=sum(spend.steps for spend in spends),
@@ -72,11 +85,13 @@ def publish(
     records: Sequence[RoundRecord],
     claims: Mapping[str, Claim],
     scores: Mapping[str, float],
+    simulated: bool = False,
 ) -> None:
     """Write `adapter` to `directory`; nothing in it depends on clocks or machines, so equal runs give equal bytes."""
     model.export(adapter, directory)
     plan = model.plan
     (directory / "plan.toml").write_bytes(plan_file.read_bytes())
+    words = weakened(records, claims, simulated=simulated)
     manifest = {
         "format": FORMAT,
         "plan": {"name": plan.name, "digest": plan.digest},
@@ -84,7 +99,7 @@ def publish(
         "layout": model.layout.digest,
         "adapter": vector_digest(adapter),
         "status": status,
-        "weakened_by": weakened(records, claims),
+        "weakened_by": words,
         "claims": {site: dataclasses.asdict(claim) for site, claim in sorted(claims.items())},
         "scores": dict(scores),
         "lineage": [
@@ -100,12 +115,20 @@ def publish(
         ],
     }
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (directory / "README.md").write_text(_card(model, status, records, claims, scores), encoding="utf-8")
+    (directory / "README.md").write_text(_card(model, status, records, claims, scores, words), encoding="utf-8")
 
 
-def weakened(records: Sequence[RoundRecord], claims: Mapping[str, Claim]) -> list[str]:
-    """Return the words for what weakens the guarantee; none for a run that nothing weakens."""
+def weakened(records: Sequence[RoundRecord], claims: Mapping[str, Claim], *, simulated: bool = False) -> list[str]:
+    """Return the words for what weakens the guarantee; none for a run that nothing weakens.
+
+    Args:
+        records: The run's rounds.
+        claims: What each site claims.
+        simulated: Whether all sites' rows and keys were in one process.
+    """
     words = {record.summation for record in records} | {claim.noise for claim in claims.values()}
+    if simulated and not any(word.startswith("insecure_") for word in words):
+        words.add(ONE_PROCESS)  # the others say as much
     return sorted(word for word in words if word.startswith("insecure_") or word == SEMI_HONEST)
 
 
@@ -115,9 +138,9 @@ def _card(
     records: Sequence[RoundRecord],
     claims: Mapping[str, Claim],
     scores: Mapping[str, float],
+    words: Sequence[str],
 ) -> str:
     plan = model.plan
-    words = weakened(records, claims)
     insecure = [f"`{word}`" for word in words if word != SEMI_HONEST]
     warning = ""
     if insecure:
@@ -136,19 +159,18 @@ def _card(
     )
     unit = "person (all rows of one " + f"`{plan.data.person_id}`)" if plan.data.person_id else "row"
     shown = "\n".join(f"- {name}: {value:.4f}" for name, value in scores.items())
-    loading = (
-        "from transformers import AutoModelForSequenceClassification\n\n"
-        f'base = AutoModelForSequenceClassification.from_pretrained("path/to/{plan.model.base}", '
-        f"num_labels={len(plan.task.labels)})"
-        if plan.model.pooling == "own"
-        else "from pathlib import Path\n\nfrom confide.common.model import load_base\n"
-        "from confide.common.plan import load_plan\n\n"
-        f'base = load_base(Path("path/to/{plan.model.base}"), load_plan(Path("path/to/this/directory/plan.toml")))'
+    head = " and a head" if model.head else ""
+    labels = f" Labels: {', '.join(plan.task.labels)}." if plan.task.labels else ""
+    personal = (
+        "\n\nEach site keeps its own factors B. Here they are 0, so that this adapter is of use only together with a site's."
+        if model.personal.length
+        else ""
     )
+    limit = "" if plan.data.image else f"Texts longer than {plan.model.max_tokens} tokens were cut in training. "
     return f"""---
 base_model: {plan.model.base}
 library_name: peft
-pipeline_tag: text-classification
+pipeline_tag: {_PIPELINES[plan.task.kind]}
 tags: [lora, federated-learning, differential-privacy]
 ---
 
@@ -156,8 +178,8 @@ tags: [lora, federated-learning, differential-privacy]
 
 {plan.purpose}
 
-{warning}A low-rank adapter and a classification head for `{plan.model.base}`, trained by {len(claims)} sites in
-{len(records)} rounds (`{status}`). Labels: {", ".join(plan.task.labels)}.
+{warning}A low-rank adapter{head} for `{plan.model.base}` ({plan.task.kind}), trained by {len(claims)} sites in
+{len(records)} rounds (`{status}`).{labels}{personal}
 
 ## Privacy
 
@@ -178,14 +200,39 @@ composed over all rounds. Recompute it from `manifest.json` and `plan.toml`.
 
 ```python
 from peft import PeftModel
-{loading}
+{_loading(plan)}
 model = PeftModel.from_pretrained(base, "path/to/this/directory").eval()
 ```
 
-Texts longer than {plan.model.max_tokens} tokens were cut in training. `manifest.json` holds the digests of the plan, of
+{limit}`manifest.json` holds the digests of the plan, of
 the base model and of every version this one descends from.
 
 ## Limits
 
 The adapter shows what the sites' data have in common. It was judged on the scores above and on nothing else.
 """
+
+
+def _loading(plan: Plan) -> str:
+    """Return the lines that load the base model."""
+    if plan.model.pooling != "own":
+        return (
+            "from pathlib import Path\n\nfrom confide.common.network import load_base\n"
+            "from confide.common.plan import load_plan\n\n"
+            f'base = load_base(Path("path/to/{plan.model.base}"), load_plan(Path("path/to/this/directory/plan.toml")))'
+        )
+    name, outputs = CLASSES[plan.task.kind], len(plan.task.labels) or int(plan.task.kind == REGRESSION)
+    size = f", num_labels={outputs}" if outputs else ""
+    return f'from transformers import {name}\n\nbase = {name}.from_pretrained("path/to/{plan.model.base}"{size})'
+
+
+# What model hubs call the kinds of task.
+_PIPELINES = {
+    TEXT_CLASSES: "text-classification",
+    REGRESSION: "text-classification",
+    TOKEN_CLASSES: "token-classification",
+    IMAGE_CLASSES: "image-classification",
+    CAUSAL: "text-generation",
+    INSTRUCTION: "text-generation",
+    MASKED: "fill-mask",
+}

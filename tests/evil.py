@@ -97,13 +97,9 @@ class Draws:
     def __init__(self) -> None:
         self._generator = np.random.default_rng(int.from_bytes(os.urandom(16)))
 
-    def uniforms(self, count: int) -> npt.NDArray[np.float64]:
-        """Return uniforms."""
-        return self._generator.random(count)
-
-    def gaussian(self, count: int) -> npt.NDArray[np.float64]:
-        """Return standard normals."""
-        return self._generator.standard_normal(count)
+    def words(self, count: int) -> npt.NDArray[np.uint64]:
+        """Return uniform words."""
+        return self._generator.integers(0, 2**64, count, dtype=np.uint64)
 
     def rounding_key(self) -> bytes:
         """Return a key nobody knows."""
@@ -120,11 +116,11 @@ class Wandering:
         self.trained = 0
         self.dies: Callable[[], None] = lambda: None
 
-    def train(self, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:
+    def train(self, number: int, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:
         """Return a random update."""
         self.trained += 1
         self.dies()
-        return Delta(values=randomness.gaussian(LAYOUT.length).astype(np.float32))
+        return Delta(values=(randomness.words(LAYOUT.length) / 2**64 - 0.5).astype(np.float32))
 
 
 @dataclasses.dataclass(kw_only=True)

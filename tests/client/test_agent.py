@@ -1,6 +1,7 @@
 """What a site does with what it is sent."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 
 from confide.client.agent import Agent
+from confide.client.conformance import Certificate, certify
 from confide.client.kept import Kept
+from confide.client.private_trainer import PrivateTrainer
 from confide.client.spends import SpendLog
-from confide.client.trainer import PrivateTrainer
 from confide.common import disk
 from confide.common.bounds import ring_layout
 from confide.common.errors import DataError, MessageError, PrivacyError, Refused
@@ -48,9 +50,14 @@ from tests.conftest import MakeExamples
 from tests.server.agents import EXCHANGES, LAYOUT, Behaviour, Fresh, Moment, Sites, honest, unheard
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(base_directory: Path, plan: Plan) -> AdaptedModel:
     return attach(base_directory, plan)
+
+
+@functools.cache
+def certified(model: AdaptedModel) -> Certificate:
+    return certify(model, cached=False)
 
 
 @pytest.fixture
@@ -83,7 +90,7 @@ def make_agent(
         site="north",
         run="tiny",
         plan=model.plan,
-        trainer=PrivateTrainer(model, make_examples(persons, seed=1)),
+        trainer=PrivateTrainer(certified(model), make_examples(persons, seed=1)),
         declared_persons=declared_persons,
         ring=ring,
         randomness=lambda number: InsecureSeededNoise(5, "north", number),

@@ -16,8 +16,11 @@ import transformers
 from confide.common.adapter import frozen_factor
 from confide.common.base import base_digest
 from confide.common.errors import AdapterError, ModelError
-from confide.common.model import AdaptedModel, PrefixCache, attach, load_base, merge
+from confide.common.model import AdaptedModel, attach, merge
+from confide.common.network import load_base
+from confide.common.objective import probabilities
 from confide.common.plan import Plan
+from confide.common.prefix import PrefixCache
 from tests.conftest import MakeExamples, save_tokenizer
 
 FAMILIES = {
@@ -62,12 +65,12 @@ def test_a_mean_pooled_export_loads_with_plain_peft_over_load_base(
     model.write(vector)
     cache = PrefixCache(model)
     list(cache.add(examples))
-    expected = model.probabilities(examples)
+    expected = probabilities(model, examples)
 
     model.export(vector, tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(load_base(tmp_path / "base", fitted), tmp_path / "adapter").eval()
 
-    np.testing.assert_allclose(model.probabilities(examples, cache), expected, atol=2e-6)
+    np.testing.assert_allclose(probabilities(model, examples, cache), expected, atol=2e-6)
     for row in range(5):
         batch = examples.batch(np.array([row]))
         with torch.no_grad():
@@ -119,7 +122,7 @@ def test_replaying_the_frozen_prefix_changes_no_logits(
     cache = PrefixCache(model, micro_batch=6)
     list(cache.add(examples))
 
-    plain, replayed = model.probabilities(examples), model.probabilities(examples, cache)
+    plain, replayed = probabilities(model, examples), probabilities(model, examples, cache)
 
     np.testing.assert_allclose(replayed, plain, atol=2e-6)
     assert model.first_adapted == 2
@@ -134,7 +137,7 @@ def test_subsets_of_cached_examples_are_cached(base_directory: Path, plan: Plan,
 
     part = examples.subset(np.array([7, 1, 4]))
 
-    np.testing.assert_allclose(model.probabilities(part, cache), model.probabilities(part), atol=2e-6)
+    np.testing.assert_allclose(probabilities(model, part, cache), probabilities(model, part), atol=2e-6)
 
 
 def test_rows_that_were_never_added_have_no_prefix(
@@ -196,7 +199,7 @@ def test_an_adapter_of_another_seed_is_refused(tmp_path: Path, base_directory: P
     model = attach(base_directory, other)
     model.export(somewhere(model), tmp_path)
 
-    with pytest.raises(AdapterError, match="other frozen factors"):
+    with pytest.raises(AdapterError, match="holds other factors"):
         attach(base_directory, plan).import_exported(tmp_path)
 
 
@@ -240,7 +243,7 @@ def test_dropout_is_off_while_training(base_directory: Path, plan: Plan, make_ex
     examples = make_examples(6, seed=1)
 
     assert model.network.training
-    np.testing.assert_array_equal(model.probabilities(examples), model.probabilities(examples))
+    np.testing.assert_array_equal(probabilities(model, examples), probabilities(model, examples))
 
 
 def altered(directory: Path, base: Path) -> Path:

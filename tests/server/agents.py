@@ -52,7 +52,7 @@ class Steady:
         self.starts: list[Floats] = []
         self.fault: Exception | None = None
 
-    def train(self, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:
+    def train(self, number: int, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:
         """Return the constant update."""
         if self.fault:
             raise self.fault

@@ -10,9 +10,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from confide.common.accounting import Spend, noise_multiplier
 from confide.common.adapter import Floats
+from confide.common.calibration import noise_multiplier
 from confide.common.plan import Privacy
+from confide.common.spend import Spend
 
 
 class Randomness(Protocol):

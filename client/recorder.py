@@ -77,7 +77,7 @@ class Recorder:
     def noted(self, losses: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Go back from the rows' losses; yield each parameter's gradient for each row, (rows, *shape).
 
-        They are float32 or wider, and come in the order of the model's trained parameters.
+        They are float32 or wider, and come in the order of the model's trained parameters, whose own `grad` is cleared.
 
         Args:
             losses: (rows,), of rows that went through the model inside `on`.

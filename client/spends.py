@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from confide.common.accounting import Spend
 from confide.common.canonical import canonical_bytes
 from confide.common.disk import append, whole
 from confide.common.errors import PrivacyError, Refused
+from confide.common.spend import Spend
 
 FORMAT = "confide-spend/1"
 SEEDED = "insecure_seeded_noise"  # the one kind of draws that can be repeated

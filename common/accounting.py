@@ -1,78 +1,57 @@
-"""What training cost: from spends to epsilon, and from a target epsilon to the noise it needs.
+"""What training cost: from spends to epsilon, and what a run may claim.
 
 A `Spend` is what happened; epsilon is what it cost. Neighbouring is zero-out: one person's rows are replaced by nothing
 while all public constants (sampling rate, steps, divisor) stay. Two accountants of the library dp-accounting do the
-work, Rényi DP and privacy loss distributions; both are upper bounds, so the smaller one holds. A third, small one of
-our own checks the first.
+work, Rényi DP (`common/renyi`) and privacy loss distributions (`common/pld`); both are upper bounds, so the smaller one
+holds for what was fixed in advance. Where nothing was fixed, `common/filter` decides whether more may be spent.
+
+From here the other questions lead on: which noise an epsilon needs (`common/calibration`), what it would be if other
+things were compared (`common/conversions`), and what a plan could be instead (`common/budget`).
 """
 
 import dataclasses
-import functools
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
-from confide.common.errors import PrivacyError
+from confide.common.calibration import noise_multiplier
+from confide.common.filter import MOST_EPSILON, Filter, best_order
 from confide.common.plan import Privacy
-
-# Noise multipliers are public numbers that people compare, so they have four decimals.
-_NOISE_UNITS = 10_000
-_SMALLEST_NOISE = 0.1
-_LARGEST_NOISE = 10_000.0
-# Rényi orders at which cost is computed. All are integers: at fractional ones the library's series may not converge.
-RDP_ORDERS = (*range(2, 65), 72, 80, 96, 112, 128, 160, 192, 256, 384, 512, 1024, 4096)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Spend:
-    """What a site's training in one round did to its persons' privacy.
-
-    Attributes:
-        round: The round's number, from 1.
-        sampling_rate: q, the probability with which each person took part in each step, above 0, at most 1.
-        noise_multiplier: σ: the noise's standard deviation over the clip norm, above 0.
-        steps: Noised steps, empty ones included, at least 1.
-        clip_norm: The largest L2 norm of one person's gradient.
-        divisor: The constant by which the noised sum was divided, q·N.
-        noise: Which generator the noise came from.
-    """
-
-    round: int
-    sampling_rate: float
-    noise_multiplier: float
-    steps: int
-    clip_norm: float
-    divisor: float
-    noise: str
-
-    def __post_init__(self) -> None:
-        sound = (
-            self.round >= 1
-            and 0 < self.sampling_rate <= 1
-            and 0 < self.noise_multiplier < math.inf
-            and self.steps >= 1
-            and 0 < self.clip_norm < math.inf
-            and 0 < self.divisor < math.inf
-        )
-        if not sound:
-            raise PrivacyError(
-                f"No training costs what this says: {self}. All numbers must be positive and finite, q ≤ 1."
-            )
+from confide.common.pld import pld_epsilon
+from confide.common.renyi import rdp_epsilon
+from confide.common.spend import Spend, checked, mechanisms_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Epsilon at one delta, by two accountants; both are upper bounds."""
+    """Epsilon at one delta, by two accountants; both are upper bounds, and infinite where they cannot say.
+
+    Attributes:
+        rdp: By Rényi DP.
+        pld: By privacy loss distributions. Infinite where these certify nothing: delta below
+            `pld.LEAST_PLD_DELTA`, an epsilon beyond a thousand, or too many distinct mechanisms.
+        delta: The delta.
+    """
 
     rdp: float
     pld: float
     delta: float
 
     @property
-    def epsilon(self) -> float:
-        """The claim for a run that went as its plan declared: the smaller of the two bounds."""
+    def declared(self) -> float:
+        """The cost if all was fixed in advance: the smaller of the two bounds. It also covers stopping earlier."""
         return min(self.rdp, self.pld)
+
+    @property
+    def adaptive(self) -> float:
+        """The smallest budget of a `Filter` that lets all this through, however it was chosen on the way.
+
+        The filter's order must have been fixed in advance to be the best one for this.
+        """
+        return self.rdp
+
+    @property
+    def epsilon(self) -> float:
+        """The same as `declared`."""
+        return self.declared
 
 
 def cost(spends: Iterable[Spend], delta: float) -> Cost:
@@ -80,7 +59,7 @@ def cost(spends: Iterable[Spend], delta: float) -> Cost:
 
     Args:
         spends: What happened, in any order; of one site and one data set.
-        delta: Above 0, below 1.
+        delta: Above 0, below 1. Below `pld.LEAST_PLD_DELTA` only Rényi DP says anything.
 
     Raises:
         PrivacyError: delta is out of range.
@@ -89,12 +68,11 @@ def cost(spends: Iterable[Spend], delta: float) -> Cost:
     Source: RDP: Mironov, Talwar, Zhang 2019 (arXiv 1908.10530), Sec. 3.3; conversion: Canonne, Kamath, Steinke 2020
     (arXiv 2004.00010), Prop. 12. PLD: Doroshenko et al. 2022 (arXiv 2207.04380).
     """
-    if not 0 < delta < 1:
-        raise PrivacyError(f"delta = {delta:g} is outside its range (above 0, below 1).")
-    steps: Counter[tuple[float, float]] = Counter()
-    for spend in spends:
-        steps[spend.sampling_rate, spend.noise_multiplier] += spend.steps
-    return _cost(tuple(sorted((*key, count) for key, count in steps.items())), delta)
+    mechanisms = mechanisms_of(spends)
+    checked(delta)
+    if not mechanisms:
+        return Cost(rdp=0.0, pld=0.0, delta=delta)
+    return Cost(rdp=rdp_epsilon(mechanisms, delta), pld=pld_epsilon(mechanisms, delta), delta=delta)
 
 
 def planned_cost(privacy: Privacy, rounds: int | None = None) -> Cost:
@@ -102,147 +80,54 @@ def planned_cost(privacy: Privacy, rounds: int | None = None) -> Cost:
     rounds = privacy.rounds if rounds is None else rounds
     if rounds == 0:
         return Cost(rdp=0.0, pld=0.0, delta=privacy.delta)
-    steps = privacy.steps_per_round * rounds
-    return _cost(((privacy.sampling_rate, noise_multiplier(privacy), steps),), privacy.delta)
+    return cost([planned_spend(privacy, rounds)], privacy.delta)
 
 
-@functools.cache
-def noise_multiplier(privacy: Privacy) -> float:
-    """Return the smallest noise multiplier, to four decimals, with which the whole plan costs at most its epsilon.
+def planned_spend(privacy: Privacy, rounds: int = 1, noise: float | None = None) -> Spend:
+    """Return what `rounds` rounds of a plan are, as if they were one.
 
-    It follows from epsilon, delta, sampling rate and steps alone, so anyone can recompute it, and it is found once for
-    the whole run: cost composes over all rounds.
-
-    Raises:
-        PrivacyError: No noise reaches the epsilon asked for.
+    Args:
+        privacy: The plan's.
+        rounds: At least 1.
+        noise: The noise multiplier, if it is not to be the plan's.
     """
-    import dp_accounting
-
-    def epsilon(units: int) -> float:
-        return _cost(((privacy.sampling_rate, units / _NOISE_UNITS, privacy.steps),), privacy.delta).epsilon
-
-    if _rdp(((privacy.sampling_rate, _SMALLEST_NOISE, privacy.steps),), privacy.delta) <= privacy.epsilon:
-        return _SMALLEST_NOISE
-    try:
-        # The Rényi bound is fast and never below the smaller of the two, so the noise it asks for is enough.
-        enough = dp_accounting.calibrate_dp_mechanism(
-            _rdp_accountant,
-            lambda noise: dp_accounting.SelfComposedDpEvent(_event(privacy.sampling_rate, noise), privacy.steps),
-            target_epsilon=privacy.epsilon,
-            target_delta=privacy.delta,
-            bracket_interval=dp_accounting.ExplicitBracketInterval(_SMALLEST_NOISE, _LARGEST_NOISE),
-            tol=0.5 / _NOISE_UNITS,
-        )
-    except (ValueError, OverflowError):
-        raise PrivacyError(
-            f"epsilon = {privacy.epsilon:g} at delta = {privacy.delta:g} cannot be reached in {privacy.steps} steps at "
-            f"sampling rate {privacy.sampling_rate:g}. Raise epsilon or delta, or lower rounds or sampling_rate."
-        ) from None
-    return _smallest(epsilon, privacy.epsilon, math.ceil(enough * _NOISE_UNITS) + 1) / _NOISE_UNITS
-
-
-def _smallest(epsilon: Callable[[int], float], target: float, high: int) -> int:
-    """Return the noise, in units, that costs at most `target` while one unit less costs more; `high` costs less."""
-    least = round(_SMALLEST_NOISE * _NOISE_UNITS)
-    low, at_low, at_high = high, 0.0, epsilon(high)
-    while at_low <= target:
-        if low == least:
-            return least
-        low = max(least, low * 9 // 10)
-        at_low = epsilon(low)
-        if at_low <= target:
-            high, at_high = low, at_low
-    turn = 0
-    while high - low > 1:
-        turn += 1
-        guess = (low + high) // 2
-        if turn % 3 and 0 < at_high < target and at_low < math.inf:
-            # Epsilon over noise is nearly straight on logarithmic axes. Every third guess halves the bracket all the same.
-            part = math.log(at_low / target) / math.log(at_low / at_high)
-            guess = round(low * (high / low) ** part)
-        guess = min(max(guess, low + 1), high - 1)
-        at_guess = epsilon(guess)
-        if at_guess <= target:
-            high, at_high = guess, at_guess
-        else:
-            low, at_low = guess, at_guess
-    return high
-
-
-def _rdp_accountant() -> Any:  # noqa: ANN401  dp-accounting has no types
-    from dp_accounting import NeighboringRelation, rdp
-
-    return rdp.RdpAccountant(RDP_ORDERS, NeighboringRelation.REPLACE_SPECIAL)
-
-
-def _pld_accountant(step: float) -> Any:  # noqa: ANN401  dp-accounting has no types
-    from dp_accounting import NeighboringRelation, pld
-
-    return pld.PLDAccountant(
-        neighboring_relation=NeighboringRelation.REPLACE_SPECIAL, value_discretization_interval=step
+    return Spend(
+        round=1,
+        sampling_rate=privacy.sampling_rate,
+        noise_multiplier=noise_multiplier(privacy) if noise is None else noise,
+        steps=privacy.steps_per_round * rounds,
+        clip_norm=privacy.clip_norm,
+        divisor=privacy.sampling_rate * privacy.min_persons,
+        noise="planned",
     )
 
 
-def _pld_step(steps: int) -> float:
-    """Width of the privacy loss grid: the more steps are composed, the finer it must be to stay tight."""
-    return 5e-4 if steps <= 1000 else 1e-4
+def claimed(spends: Iterable[Spend], privacy: Privacy) -> float:
+    """Return the epsilon that a run of this plan may claim for one site that spent this; nothing spent costs 0.
 
+    Where each spend is one round of the plan, each round at most once, the whole plan's cost is claimed, by the smaller
+    bound: what the site sent is a part of what the whole plan sends, whoever dropped rounds and whatever they had seen.
+    If few rounds were made, `Filter.at_any_stop` may be smaller. It holds too, for it bounds the loss at all moments
+    together; its order is the plan's best, so it is fixed in advance.
 
-@functools.lru_cache(maxsize=4096)
-def _cost(mechanisms: tuple[tuple[float, float, int], ...], delta: float) -> Cost:
-    """Cost of (sampling rate, noise multiplier, steps) triples."""
-    if not mechanisms:
-        return Cost(rdp=0.0, pld=0.0, delta=delta)
-    by_pld = _pld_accountant(_pld_step(sum(steps for _, _, steps in mechanisms)))
-    for rate, noise, steps in mechanisms:
-        by_pld.compose(_event(rate, noise), steps)
-    return Cost(rdp=_rdp(mechanisms, delta), pld=max(0.0, float(by_pld.get_epsilon(delta))), delta=delta)
+    Where some spend is none of the plan's, `Filter.at_any_stop` alone is claimed.
 
-
-def _rdp(mechanisms: tuple[tuple[float, float, int], ...], delta: float) -> float:
-    by_rdp = _rdp_accountant()
-    for rate, noise, steps in mechanisms:
-        by_rdp.compose(_event(rate, noise), steps)
-    return max(0.0, float(by_rdp.get_epsilon(delta)))
-
-
-def _event(rate: float, noise: float) -> Any:  # noqa: ANN401  dp-accounting has no types
-    import dp_accounting
-
-    gaussian = dp_accounting.GaussianDpEvent(noise)
-    return gaussian if rate == 1 else dp_accounting.PoissonSampledDpEvent(rate, gaussian)
-
-
-def rdp_check(spends: Iterable[Spend], delta: float, orders: Sequence[int] = RDP_ORDERS) -> float:
-    """Return epsilon by our own Rényi accountant at integer orders; it must not lie below the library's RDP value.
-
-    Source: Mironov, Talwar, Zhang 2019 (arXiv 1908.10530), Eq. 4 and Sec. 3.3 for integer orders; conversion as in
-    `cost`.
+    Guarantee: holds for a run stopped early because of what it showed, and for noise changed on the way.
     """
     events = tuple(spends)
     if not events:
         return 0.0
-    best = math.inf
-    for order in orders:
-        total = sum(e.steps * _sampled_gaussian_rdp(e.sampling_rate, e.noise_multiplier, order) for e in events)
-        epsilon = total + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
-        best = min(best, epsilon)
-    return max(0.0, best)
+    stopped = Filter(epsilon=MOST_EPSILON, delta=privacy.delta, order=best_order(privacy)).after(events).at_any_stop
+    return min(planned_cost(privacy).declared, stopped) if as_declared(events, privacy) else stopped
 
 
-@functools.lru_cache(maxsize=65_536)
-def _sampled_gaussian_rdp(rate: float, noise: float, order: int) -> float:
-    """RDP of the sampled Gaussian at an integer order α: log Σ_k C(α,k) (1-q)^(α-k) q^k exp(k(k-1)/2σ²) / (α-1)."""
-    if rate == 1:
-        return order / (2 * noise**2)
-    terms = [
-        math.lgamma(order + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(order - k + 1)
-        + (order - k) * math.log1p(-rate)
-        + k * math.log(rate)
-        + k * (k - 1) / (2 * noise**2)
-        for k in range(order + 1)
-    ]
-    largest = max(terms)
-    return (largest + math.log(math.fsum(math.exp(term - largest) for term in terms))) / (order - 1)
+def as_declared(spends: Iterable[Spend], privacy: Privacy) -> bool:
+    """Return whether each spend is one round of the plan, and none comes twice or is beyond the last."""
+    events = tuple(spends)
+    rounds = {spend.round for spend in events}
+    step = (privacy.sampling_rate, noise_multiplier(privacy), privacy.steps_per_round)
+    return (
+        len(rounds) == len(events)
+        and max(rounds, default=0) <= privacy.rounds
+        and all((spend.sampling_rate, spend.noise_multiplier, spend.steps) == step for spend in events)
+    )

@@ -69,7 +69,8 @@ class Layout:
         """
         if {name: tensor.shape for name, tensor in tensors.items()} != dict(self.tensors):
             raise AdapterError("The tensors are not those of this layout: a name or a shape differs.")
-        vector = np.concatenate([tensors[name].astype(np.float32).ravel() for name, _ in self.tensors])
+        parts = [tensors[name].astype(np.float32).ravel() for name, _ in self.tensors]
+        vector = np.concatenate([np.empty(0, np.float32), *parts])
         if not np.isfinite(vector).all():
             raise AdapterError("The adapter holds a value that is not finite.")
         return vector

@@ -4,8 +4,8 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 
-from confide.common.accounting import noise_multiplier
 from confide.common.adapter import Layout
+from confide.common.calibration import noise_multiplier
 from confide.common.plan import Plan
 from confide.common.ring import RingLayout
 

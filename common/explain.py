@@ -1,59 +1,134 @@
 """A plan in plain sentences, for those who approve it."""
 
 import itertools
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
-from confide.common.accounting import noise_multiplier, planned_cost
+from confide.common.accounting import planned_cost, planned_spend
 from confide.common.bounds import BOUND_PER_NORM, BOUND_PER_RMS, predicted
+from confide.common.calibration import noise_multiplier
+from confide.common.conversions import Conversions
+from confide.common.filter import best_order
+from confide.common.forecast import forecast, without_model
 from confide.common.graph import COMPLETE_UP_TO, CORRUPT, SEMI_HONEST, connections, survives
-from confide.common.plan import X25519, Plan, ring_sites, ring_steps, template_columns
+from confide.common.plan import (
+    ALTERNATE,
+    CAUSAL,
+    CLASSES,
+    FEDIT,
+    FFA,
+    INSTRUCTION,
+    LANGUAGE,
+    MASKED,
+    R_ONLY,
+    REGRESSION,
+    SHARE_A,
+    X25519,
+    Plan,
+    ring_sites,
+    ring_steps,
+    template_columns,
+)
+from confide.common.pld import LEAST_PLD_DELTA
+
+# Conversions of longer runs take longer than an explanation should; `confide plan budget` gives them.
+_MOST_STEPS_CONVERTED = 2000
 
 
-def explain(plan: Plan) -> Iterator[tuple[str, list[str]]]:
-    """Yield (heading, sentences): what is trained on what, what leaves a site, what is guaranteed, who may drop out."""
+def explain(plan: Plan, model: Path | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Yield (heading, sentences): what is trained on what, what leaves a site, what is guaranteed, who may drop out.
+
+    Args:
+        plan: The plan.
+        model: The base model's local directory, if trained numbers are to be counted for the forecast.
+
+    Raises:
+        ModelError: `model` holds no model that the plan's targets are in.
+    """
     yield "What is trained", _trained(plan)
     yield "On what", _data(plan)
     yield "What leaves a site", _leaves(plan)
     yield "How updates are summed", _ring(plan)
     yield "What is guaranteed", _guarantee(plan)
+    yield "What else it would cost", _conversions(plan)
+    yield "What is to be expected", [without_model(plan)] if model is None else forecast(plan, model).sentences
     yield "Who must take part", _cohort(plan)
 
 
 def _trained(plan: Plan) -> list[str]:
     adapter, privacy, training = plan.adapter, plan.privacy, plan.training
-    where = f"the top {adapter.top_layers} layers" if adapter.top_layers else "all layers"
+    where = {0: "all layers", 1: "the top layer"}.get(adapter.top_layers, f"the top {adapter.top_layers} layers")
+    head = "" if plan.task.kind in LANGUAGE else " and the head"
+    proximal = (
+        f" A site is drawn back to the round's start with strength {training.proximal:g} (FedProx); this looks at no row."
+        if training.proximal
+        else ""
+    )
+    rates = f"learning rate {training.learning_rate:g} for the adapter"
+    if head:
+        rates += f" and {training.head_learning_rate:g} for the head"
     return [
         f"Purpose: {plan.purpose}",
         f"The base model {plan.model.base} stays as it is; its files must have the digest {plan.model.base_digest}.",
-        f"In {where}, the modules {', '.join(adapter.targets)} get a low-rank adapter of rank {adapter.rank}. Its factor A "
-        "follows from the plan's seed and never changes; its factor B and the classification head are trained.",
+        f"In {where}, the modules {', '.join(adapter.targets)} get a low-rank adapter of rank {adapter.rank}. "
+        f"{_factors(adapter.method, head)}",
         f"Training takes {privacy.rounds} rounds of {privacy.steps_per_round} {training.optimizer} steps at each site, with "
-        f"learning rate {training.learning_rate:g} for the adapter and {training.head_learning_rate:g} for the head. After "
-        f"each round the server applies {plan.federation.server_optimizer} to the mean of the sites' updates.",
+        f"{rates}. After each round the server applies {plan.federation.server_optimizer} to the mean of the sites' "
+        f"updates.{proximal}",
     ]
+
+
+def _factors(method: str, head: str) -> str:
+    """Say which of the low-rank factors are trained."""
+    also = f"{head} are trained" if head else " is trained"
+    both = f"A, B{head}" if head else "A and B"
+    return {
+        FFA: f"Its factor A follows from the plan's seed and never changes; its factor B{also}.",
+        FEDIT: f"Its factors {both} are trained.",
+        ALTERNATE: f"Its factors {both} are trained: B in odd rounds, A in even ones.",
+        SHARE_A: f"Its factors {both} are trained; B stays at the site.",
+        R_ONLY: f"A small matrix between two factors that follow from the plan's seed{also}.",
+    }.get(method, f"It is trained by the method {method}.")
 
 
 def _data(plan: Plan) -> list[str]:
     data, task = plan.data, plan.task
-    if data.template is not None:
+    if data.image is not None:
+        source = f"The image is read from the column {data.image!r}"
+    elif data.template is not None:
         source = f"Each row becomes a text from its columns {', '.join(template_columns(data.template))}"
     else:
         pair = f" and {data.text_pair!r}" if data.text_pair else ""
         source = f"The text is read from the column {data.text!r}{pair}"
+    cut = "" if data.image is not None else f", cut at {plan.model.max_tokens} tokens"
     person = (
-        f"Rows with the same {data.person_id!r} belong to one person; at most {data.max_rows_per_person} of them are used."
+        f"Rows with the same {data.person_id!r} belong to one person. Of one person at most {data.max_rows_per_person} rows "
+        "are used, the first in the table; later ones are left out and counted."
         if data.person_id
         else "Each row counts as a person of its own. If a person can have several rows, name a person_id column: without it "
         "only single rows are protected."
     )
     return [
-        f"{source}, cut at {plan.model.max_tokens} tokens; the answer is the column {data.label!r}, one of "
-        f"{_few(task.labels)}.",
+        f"{source}{cut}; {_answer(plan)}.",
         person,
         f"A missing value: {data.on_missing}. An unknown label: {data.on_unknown_label}. An empty text: "
         f"{data.on_empty_text}. What is skipped is counted and shown to the site.",
-        f"Results are judged by {task.score}.",
+        f"Results are judged by {task.decides}.",
     ]
+
+
+def _answer(plan: Plan) -> str:
+    """Say what is to be learned."""
+    data, task = plan.data, plan.task
+    if task.kind in CLASSES:
+        return f"the answer is the column {data.label!r}, one of {_few(task.labels)}"
+    return {
+        REGRESSION: f"the answer is the number in the column {data.label!r}, less {task.center:g} and divided by {task.scale:g}",
+        CAUSAL: "what is learned is each next token",
+        INSTRUCTION: f"what is learned is the answer in the column {data.answer!r}, and nothing of the prompt",
+        MASKED: f"what is learned are the tokens that are hidden, {task.mask_rate:.0%} of them",
+    }[task.kind]
 
 
 def _leaves(plan: Plan) -> list[str]:
@@ -139,20 +214,73 @@ _LETTERS = "; A and H are how many numbers the model's adapter and head have"
 def _guarantee(plan: Plan) -> list[str]:
     privacy = plan.privacy
     cost, noise = planned_cost(privacy), noise_multiplier(privacy)
-    unit = "person" if plan.data.person_id else "row"
+    unit = _unit(plan)
     return [
-        f"Each {unit} of a site is protected with epsilon = {_epsilon(cost.epsilon)} (asked for: {privacy.epsilon:g}) at delta = "
+        f"Each {unit} of a site is protected with epsilon = {_epsilon(cost.declared)} (asked for: {privacy.epsilon:g}) at delta = "
         f"{privacy.delta:g}, over the whole run, against everyone who sees the updates, the server and other sites "
         "included. It compares the run with one in which that "
         f"{unit}'s gradients are replaced by zeros.",
         f"How: in each of {privacy.steps} steps every {unit} is drawn with probability {privacy.sampling_rate:g}, on its "
         f"own; its gradient is cut to length {privacy.clip_norm:g}; Gaussian noise of standard deviation {noise:g} × "
         f"{privacy.clip_norm:g} is added to the sum. The noise multiplier {noise:g} follows from the plan alone.",
-        f"Two accountants: {cost.pld:.3f} by privacy loss distributions, {cost.rdp:.3f} by Rényi DP; both are upper bounds. "
-        "The smaller holds for a run that went as planned.",
+        _drawn_together(plan),
+        f"In the comparison all public numbers stay as they are: sampling rate, steps, noise, and how many {unit}s the site "
+        f"says it has. That number, N, only sets the constant {privacy.sampling_rate:g} × N by which the noised sum is divided. "
+        "If it is wrong, updates are too short or too long; epsilon is the same.",
+        f"Two accountants: epsilon = {cost.pld:.3f} by privacy loss distributions, {cost.rdp:.3f} by Rényi DP; both are upper "
+        "bounds. The smaller holds for a run that went as planned, and for one that was stopped early, whoever stopped it and "
+        f"whatever they had seen. If noise or steps are changed on the way, a Rényi filter counts (order {best_order(privacy)} "
+        f"for this plan), by which the whole plan costs epsilon = {_epsilon(cost.adaptive)}.",
+        "What is not certified: that batches which are shuffled rather than drawn gain anything from sampling (only Poisson "
+        f"sampling is counted); a delta below {LEAST_PLD_DELTA:g} by privacy loss distributions; scores and other metrics that "
+        "a site lets out; and that settings were chosen without looking at these rows: each further run on them adds to "
+        "the cost.",
         "What is not covered: that the final adapter shows what the sites' data have in common, and what other releases "
         "of the same data cost.",
     ]
+
+
+def _drawn_together(plan: Plan) -> str:
+    if plan.data.person_id is None:
+        return "The unit is the row: each is drawn, cut and counted on its own, whosever it is."
+    return (
+        f"The unit is the person: all her rows, up to {plan.data.max_rows_per_person}, are drawn together, and her gradient is "
+        f"the mean over them, cut once. Rows of hers with another {plan.data.person_id!r}, or with none, are not protected "
+        "together with these."
+    )
+
+
+def _conversions(plan: Plan) -> list[str]:
+    privacy, unit = plan.privacy, _unit(plan)
+    if privacy.steps > _MOST_STEPS_CONVERTED:
+        sentences = [
+            f"For {privacy.steps} steps this takes a while. It is told by: confide plan budget PLAN (a {unit} replaced by "
+            "another, the same person at several sites)."
+        ]
+    else:
+        found = Conversions.of(planned_spend(privacy, privacy.rounds), privacy.delta)
+        sites = ", ".join(f"{_epsilon(value)} at {sites}" for sites, value in found.sites.items())
+        replaced = (
+            f"Against a run in which the {unit} is replaced by another, instead of by nothing: epsilon = "
+            f"{_epsilon(found.replace_one)}."
+            if math.isfinite(found.replace_one)
+            else f"Against a run in which the {unit} is replaced by another, no epsilon can be certified."
+        )
+        sentences = [
+            replaced,
+            f"Somebody who is at several sites: epsilon = {sites}. Each site adds its own noise, and each update counts as "
+            "seen. Persons of different sites do not add to each other's cost.",
+        ]
+    if plan.data.person_id is None:
+        sentences.append(
+            "Somebody with k rows: more than k times epsilon, for her rows are drawn apart and each may add its full length. "
+            "How much it is says: confide plan budget PLAN --rows-per-person K"
+        )
+    return sentences
+
+
+def _unit(plan: Plan) -> str:
+    return "person" if plan.data.person_id else "row"
 
 
 def _cohort(plan: Plan) -> list[str]:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -167,7 +168,7 @@ def pixel_scale(directory: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
         settings = json.loads(path.read_bytes())
         mean = tuple(float(value) for value in settings["image_mean"])
         deviation = tuple(float(value) for value in settings["image_std"])
-        if not len(mean) == len(deviation) == 3 or min(deviation) <= 0:
+        if not len(mean) == len(deviation) == 3 or min(deviation) <= 0 or not np.isfinite([mean, deviation]).all():
             raise ValueError
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise ModelError(

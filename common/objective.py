@@ -105,18 +105,23 @@ def continued(model: AdaptedModel, examples: Examples, most_tokens: int) -> list
         most_tokens: At most so many are said.
     """
     result = []
-    for row in range(len(examples)):  # one by one: padding on the right would come between a text and its continuation
-        ids = torch.from_numpy(examples.batch(np.array([row])).input_ids).to(model.device)
-        with torch.no_grad():
-            said = model.network.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=most_tokens,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=examples.pad_token,
-            )
-        result.append(said[0, ids.shape[1] :].tolist())
+    model.network.eval()  # layers that are computed again while training keep nothing of the tokens before
+    try:
+        # One by one: padding on the right would come between a text and its continuation.
+        for row in range(len(examples)):
+            ids = torch.from_numpy(examples.batch(np.array([row])).input_ids).to(model.device)
+            with torch.no_grad():
+                said = model.network.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=most_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=examples.pad_token,
+                )
+            result.append(said[0, ids.shape[1] :].tolist())
+    finally:
+        model.network.train()
     return result
 
 

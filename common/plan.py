@@ -336,7 +336,7 @@ class Compute:
     threads: int = setting("Processor threads; 0 leaves it to torch.", default=0, at_least=0, at_most=1024)
     micro_batch: int = setting(
         "The most rows that go through the model at once; fewer do if memory_mb asks for it.",
-        default=64,
+        default=32,
         at_least=1,
         at_most=65_536,
     )

@@ -1,6 +1,7 @@
-"""`confide plan …`: write, check, explain and compare plans. Needs neither torch nor data."""
+"""`confide plan …`: write, check, explain, compare plans, and ask what they cost. Needs neither torch nor data."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,7 @@ import typer
 
 from confide.common.base import base_digest, check_base, model_type
 from confide.common.errors import UsageError
-from confide.common.plan import differences, load_plan, read_plan, starter
+from confide.common.plan import SCORES, TEXT_CLASSES, Plan, differences, load_plan, read_plan, starter
 
 app = typer.Typer()
 
@@ -33,14 +34,17 @@ _OTHER_TARGETS = ["q_proj", "v_proj"]
 def new(
     model: ModelDir = None,
     name: Annotated[str, typer.Option(help="The plan's name: a-z, 0-9 and -.")] = "my-plan",
+    task: Annotated[str, typer.Option(help=f"What is learned: {', '.join(SCORES)}.", metavar="KIND")] = TEXT_CLASSES,
     out: Annotated[Path | None, typer.Option(help="Where to write; standard output if absent.")] = None,
 ) -> None:
     """Write a commented starter plan."""
+    if task not in SCORES:
+        raise UsageError(f"There is no kind of task {task!r}. Known are {', '.join(SCORES)}.")
     if model is None:
-        text = starter(name, "NAME-OF-THE-BASE-MODEL", "sha256:" + "0" * 64, ["query", "value"])
+        text = starter(name, "NAME-OF-THE-BASE-MODEL", "sha256:" + "0" * 64, ["query", "value"], task)
     else:
         targets = _TARGETS.get(model_type(model), _OTHER_TARGETS)
-        text = starter(name, model.resolve().name, base_digest(model), targets)
+        text = starter(name, model.resolve().name, base_digest(model), targets, task)
     read_plan(text.encode())  # a bad name is told here, not by the next command
     if out is None:
         typer.echo(text, nl=False)
@@ -68,27 +72,95 @@ def check(plan: PlanFile, model: ModelDir = None, as_json: AsJson = False) -> No
 
 
 @app.command(epilog="Example: confide plan explain plan.toml")
-def explain(plan: PlanFile, as_json: AsJson = False) -> None:
-    """Say in plain sentences what a plan does, what leaves a site and what is guaranteed."""
+def explain(plan: PlanFile, model: ModelDir = None, as_json: AsJson = False) -> None:
+    """Say in plain sentences what a plan does, what leaves a site, what is guaranteed and what to expect."""
     from confide.common.explain import explain as sections
 
     found = load_plan(plan)
-    parts = dict(sections(found))
+    parts = dict(sections(found, model))
     if as_json:
         typer.echo(json.dumps({"status": "ok", "name": found.name, "digest": found.digest, "sections": parts}))
         return
+    _show(found, parts.items())
+
+
+@app.command(epilog="Example: confide plan budget plan.toml --budget 12 --spent run/sites/north.jsonl")
+def budget(
+    plan: PlanFile,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Ask for the noise that keeps the whole run under this epsilon.", metavar="E")
+    ] = None,
+    noise: Annotated[
+        float | None, typer.Option(help="Ask what this noise multiplier would cost.", metavar="SIGMA")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds, in place of the plan's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of a round, in place of the plan's.")] = None,
+    sampling_rate: Annotated[
+        float | None, typer.Option(help="Sampling rate, in place of the plan's.", metavar="Q")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option("--budget", help="Ask how many rounds this epsilon leaves.", metavar="E")
+    ] = None,
+    spent: Annotated[
+        Path | None,
+        typer.Option(help="A site's record of spends (sites/NAME.jsonl), counted before the budget.", metavar="FILE"),
+    ] = None,
+    spent_rounds: Annotated[
+        int | None, typer.Option(help="So many rounds of the plan count as spent before the budget.")
+    ] = None,
+    rows_per_person: Annotated[
+        int | None,
+        typer.Option(help="Ask what somebody with so many rows of her own risks; takes seconds.", metavar="K"),
+    ] = None,
+    model: ModelDir = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw epsilon over rounds to this .png or .svg file.", metavar="FILE")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a plan costs after each stretch of rounds, what else it could cost, and what a budget leaves."""
+    from confide.common.accounting import planned_spend
+    from confide.common.budget import what_if
+    from confide.common.budget_figure import draw
+    from confide.common.budget_report import report
+    from confide.common.spend import read_spent
+
+    found = load_plan(plan)
+    if limit is None and (spent is not None or spent_rounds is not None):
+        raise UsageError("--spent and --spent-rounds count under a budget. Give one with --budget E.")
+    if spent_rounds is not None and not 1 <= spent_rounds <= 100_000:
+        raise UsageError(f"--spent-rounds {spent_rounds} is outside its range (1 to 100000).")
+    spends = list(read_spent(spent)) if spent is not None else []
+    spends += [planned_spend(found.privacy)] * (spent_rounds or 0)
+    asked = what_if(
+        found, epsilon=epsilon, noise=noise, rounds=rounds, steps_per_round=steps, sampling_rate=sampling_rate
+    )
+    answer = report(found, asked, budget=limit, spent=spends, rows_per_person=rows_per_person, model=model)
+    if figure is not None:
+        draw(answer, figure)
+    if as_json:
+        typer.echo(json.dumps(answer.tree()))
+        return
+    _show(found, answer.sections())
+    if figure is not None:
+        typer.echo(f"\nWrote {figure}.")
+
+
+def _show(plan: Plan, parts: Iterable[tuple[str, list[str]]]) -> None:
+    """Print headings and what stands under them, wrapped to the terminal."""
     from rich.console import Console
-    from rich.padding import Padding
     from rich.text import Text
 
     console = Console(highlight=False)
-    console.print(Text(f"Plan {found.name}", style="bold"))
-    console.print(Text(found.digest, style="dim"))
-    for heading, sentences in parts.items():
+    console.print(Text(f"Plan {plan.name}", style="bold"))
+    console.print(Text(plan.digest, style="dim"))
+    for heading, sentences in parts:
         console.print()
         console.print(Text(heading, style="bold"))
         for sentence in sentences:
-            console.print(Padding(Text(sentence), (0, 0, 0, 2)))
+            for line in Text(sentence).wrap(console, max(1, console.width - 2)):
+                line.rstrip()
+                console.print(Text("  ") + line)
 
 
 @app.command(epilog="Example: confide plan diff old.toml new.toml")

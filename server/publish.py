@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from confide.common.accounting import Spend, claimed
+from confide.common.accounting import claimed
 from confide.common.adapter import Floats
 from confide.common.errors import PrivacyError
 from confide.common.graph import SEMI_HONEST
@@ -24,6 +24,7 @@ from confide.common.plan import (
     Plan,
     Privacy,
 )
+from confide.common.spend import Spend
 from confide.server.store import RoundRecord
 
 FORMAT = "confide-manifest/1"

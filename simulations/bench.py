@@ -1,10 +1,11 @@
 """The frame of all benchmarks: named figures, each a median over runs, a ratio where there is a peer.
 
 `federation` measures everything about a round but training: training is replaced by a constant update, while agents,
-messages, ring, sum, server step and store are the real ones. `secagg` has a file of its own.
+messages, ring, sum, server step and store are the real ones. `secagg` and `train` have files of their own.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -41,16 +42,27 @@ SITES = 10
 RUNS = 3
 
 
-def bench(name: str, note: Note) -> dict[str, Any]:
+def bench(name: str, note: Note, plan: Path | None = None, data: Path | None = None) -> dict[str, Any]:
     """Run the benchmark of that name and return what `--json` prints.
 
+    Args:
+        name: Which.
+        note: Is told what is being done.
+        plan: How `data` is read; for `train` only.
+        data: A table to measure on; for `train` only, which otherwise takes the demo's messages.
+
     Raises:
-        UsageError: There is none of that name.
+        UsageError: There is none of that name, or it measures on no table.
     """
     if name not in BENCHES:
         raise UsageError(f"There is no benchmark {name!r}. Known are {', '.join(BENCHES)}.")
+    measure = BENCHES[name]
+    if plan is not None or data is not None:
+        if measure is not train:
+            raise UsageError(f"bench {name} measures on no table. Leave out --plan and --data.")
+        measure = functools.partial(train, plan=plan, data=data)
     began = time.monotonic()
-    figures = BENCHES[name](note)
+    figures = measure(note)
     return {
         "format": FORMAT,
         "status": "completed",
@@ -99,7 +111,19 @@ def secagg(note: Note) -> Mapping[str, Figure]:
     return measure_alone(note)
 
 
-BENCHES: dict[str, Callable[[Note], Mapping[str, Figure]]] = {"federation": federation, "secagg": secagg}
+def train(note: Note, plan: Path | None = None, data: Path | None = None) -> Mapping[str, Figure]:
+    """Return what private training costs beside peft's LoRA and Opacus, and how long its accounts take."""
+    from confide.simulations.accounting_bench import accounting_figures
+    from confide.simulations.train_bench import measure_demo
+
+    return {**measure_demo(note, plan, data), **accounting_figures(note)}
+
+
+BENCHES: dict[str, Callable[[Note], Mapping[str, Figure]]] = {
+    "federation": federation,
+    "secagg": secagg,
+    "train": train,
+}
 
 
 class ConstantTrainer:
@@ -111,7 +135,7 @@ class ConstantTrainer:
         self.layout_digest = layout.digest
         self._length = layout.length
 
-    def train(self, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:
+    def train(self, number: int, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:
         """Return the constant update."""
         return Delta(values=np.full(self._length, 1e-4, np.float32))
 

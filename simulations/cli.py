@@ -1,10 +1,11 @@
 """`confide simulate …`: a whole federation on this machine, live, with its results and figures."""
 
+import dataclasses
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from click.core import ParameterSource
@@ -15,6 +16,11 @@ from rich.table import Table
 from confide.common.cli import quiet_libraries
 from confide.common.errors import ConfideError, UsageError
 from confide.simulations.scenarios import SCENARIOS, demo_model, scenario
+
+if TYPE_CHECKING:
+    from confide.simulations.setting import Setting
+    from confide.simulations.shelf import Shelf
+    from confide.simulations.sweep import Variant
 
 app = typer.Typer()
 
@@ -27,9 +33,17 @@ Summation = Annotated[
     str,
     typer.Option(help="How updates are summed: real, with all the cryptography, or insecure_plain_sum, without any."),
 ]
+Noise = Annotated[
+    str,
+    typer.Option(
+        help="Where the federation's noise comes from: insecure_seeded_noise, which can be repeated, or cryptographic."
+    ),
+]
 Compare = Annotated[
     bool, typer.Option("--compare", help="Also train the head alone, all rows pooled, and those without privacy.")
 ]
+HeadOnly = Annotated[bool, typer.Option("--head-only", help="Also run the federation with its head only.")]
+ScoreEvery = Annotated[int, typer.Option(min=0, help="Score after every so many rounds; 0 only at the end.")]
 
 
 @app.command(
@@ -51,9 +65,12 @@ def run(
     seed: Seed = 0,
     engine: Engine = "in-process",
     summation: Summation = "real",
+    noise: Noise = "insecure_seeded_noise",
     threads: Threads = 0,
     alone: Annotated[bool, typer.Option(help="Also train each site alone, with the same privacy.")] = True,
+    head_only: HeadOnly = False,
     compare: Compare = False,
+    score_every: ScoreEvery = 1,
     out: Out = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.", metavar="DIR")] = None,
     as_json: AsJson = False,
@@ -80,7 +97,7 @@ def run(
         raise UsageError("Give a PLAN and --data FILE. To see a run without either: confide simulate demo")
     from confide.simulations.setting import Setting, begin, check_choices
 
-    check_choices(split=split, engine=engine, summation=summation)
+    check_choices(split=split, engine=engine, summation=summation, noise=noise)
     if not 0 < test_share < 1:
         raise UsageError(f"--test-share {test_share:g} is outside its range: above 0, below 1.")
     if not 0 < concentration <= 1e6:
@@ -101,9 +118,12 @@ def run(
         seed=seed,
         engine=engine,
         summation=summation,
+        noise=noise,
         threads=threads,
         alone=alone,
+        head_only=head_only or compare,
         compare=compare,
+        score_every=score_every,
     )
     begin(directory, plan, setting)
     _run(directory, as_json=as_json)
@@ -115,6 +135,7 @@ def demo(
     seed: Seed = 0,
     engine: Engine = "in-process",
     summation: Summation = "real",
+    noise: Noise = "insecure_seeded_noise",
     threads: Threads = 0,
     compare: Compare = False,
     out: Out = None,
@@ -122,7 +143,16 @@ def demo(
 ) -> None:
     """Watch three institutions fine-tune a real model on real text, each under its own epsilon."""
     directory = out or _directory(name)
-    _begin_demo(name, directory, seed=seed, engine=engine, summation=summation, threads=threads, compare=compare)
+    _begin_demo(
+        name,
+        directory,
+        seed=seed,
+        engine=engine,
+        summation=summation,
+        noise=noise,
+        threads=threads,
+        compare=compare,
+    )
     if not as_json:
         Console(highlight=False, markup=False).print(
             f"{scenario(name).says} Real data, real model, simulated sites.\n", highlight=False
@@ -130,66 +160,144 @@ def demo(
     _run(directory, as_json=as_json)
 
 
-@app.command(epilog="Example: confide simulate repeat messages --seeds 0,1,2")
-def repeat(
-    name: Annotated[str, typer.Argument(help=f"One of {', '.join(SCENARIOS)}.", metavar="NAME")] = "messages",
+@app.command(epilog="Example: confide simulate sweep messages --vary privacy.epsilon=1,3,8 --seeds 0,1,2")
+def sweep(
+    plan: Annotated[str, typer.Argument(help=f"A plan's file, or one of {', '.join(SCENARIOS)}.", metavar="PLAN")],
+    vary: Annotated[
+        list[str] | None, typer.Option(help="A setting and its values; may be given again.", metavar="SECTION.KEY=V,V")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="The seeds, with commas between them.")] = "0,1,2",
+    model: Annotated[
+        Path | None, typer.Option(help="The base model's local directory; the demo's MiniLM if absent.", metavar="DIR")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="The table of all sites' rows.", metavar="FILE")] = None,
+    test: Annotated[Path | None, typer.Option(help="A table of held-out rows.", metavar="FILE")] = None,
+    sites: Annotated[int, typer.Option(min=1, max=1000, help="How many sites; not for --split column.")] = 3,
+    split: Annotated[str, typer.Option(help="How rows are shared out: column, iid, dirichlet or quantity.")] = "iid",
+    column: Annotated[str | None, typer.Option(help="The column that names each row's site.")] = None,
+    concentration: Annotated[float, typer.Option(help="The Dirichlet parameter; smaller is more uneven.")] = 0.5,
     summation: Summation = "real",
-    compare: Compare = False,
+    noise: Noise = "insecure_seeded_noise",
     threads: Threads = 0,
+    alone: Annotated[bool, typer.Option(help="Also train each site alone, with the same privacy.")] = False,
+    head_only: HeadOnly = False,
+    compare: Compare = False,
+    score_every: ScoreEvery = 0,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a scenario once for each seed, and show mean and spread."""
-    from confide.simulations.repeat import summary
+    """Run a plan or a scenario once for each seed and combination of settings, and show mean and spread.
 
-    try:
-        numbers = [int(word) for word in seeds.split(",")]
-    except ValueError:
-        raise UsageError(f"--seeds {seeds!r} is not a list of whole numbers such as 0,1,2.") from None
-    if len(set(numbers)) < 2 or len(set(numbers)) != len(numbers) or min(numbers) < 0:
-        raise UsageError("--seeds needs at least two different numbers, none below 0.")
-    root = out or _directory(f"{name}-seeds")
-    results = []
-    for seed in numbers:
-        directory = root / f"seed-{seed}"
-        if not (directory / "run.json").exists():
-            if not (directory / "setting.json").exists():
-                _begin_demo(
-                    name,
-                    directory,
-                    seed=seed,
-                    engine="in-process",
-                    summation=summation,
-                    threads=threads,
-                    compare=compare,
-                )
-            if not as_json:
-                Console().print(f"seed {seed}", style="bold")
-            _run(directory, as_json=as_json, show=False)
-        results.append(json.loads((directory / "run.json").read_bytes()))
-    rows = summary(results)
+    Runs that are complete in --out are not run again, so a sweep that was stopped goes on where it was.
+    """
+    from confide.simulations.setting import Setting, check_choices
+    from confide.simulations.shelf import Shelf
+    from confide.simulations.sweep import draw, summed, variants
+
+    check_choices(split=split, summation=summation, noise=noise)
+    numbers = _seeds(seeds)
+    root = out or _directory(f"{Path(plan).stem}-sweep")
+    plan_file = Path(plan)
+    if plan in SCENARIOS:
+        if data is not None or test is not None or model is not None:
+            raise UsageError(f"The scenario {plan} brings its model and tables; leave out --model, --data and --test.")
+        chosen = scenario(plan)
+        (data, test), plan_file = chosen.prepare(root / "data"), chosen.plan
+        split, column, sites = "column", chosen.column, 3
+    if data is None:
+        raise UsageError("Give --data FILE with a plan of your own.")
+    for path in filter(None, (plan_file, data, test)):
+        if not path.exists():
+            raise UsageError(f"There is no file {path}.")
+    setting = Setting(
+        model=(model or demo_model()).resolve(),
+        data=data.resolve(),
+        test=test.resolve() if test else None,
+        test_share=0.2,
+        split=split,
+        column=column,
+        sites=sites,
+        concentration=concentration,
+        seed=0,
+        engine="in-process",
+        summation=summation,
+        noise=noise,
+        threads=threads,
+        alone=alone,
+        head_only=head_only or compare,
+        compare=compare,
+        score_every=score_every,
+    )
+    found, shelf = variants(plan_file.read_bytes(), vary or []), Shelf()
+    results = {
+        variant.name: [_once(variant, setting, seed, root, as_json=as_json, shelf=shelf) for seed in numbers]
+        for variant in found
+    }
+    total = summed(results, numbers)
+    (root / "sweep.json").write_text(json.dumps(total, indent=2) + "\n", encoding="utf-8")
+    if len(found) > 1:
+        draw(total, found, root / "sweep.png")
     if as_json:
-        _print_json({"status": "completed", "scenario": name, "seeds": numbers, "scores": rows})
+        _print_json(total)
         return
-    table = Table(title=f"{name}: {results[0]['score']} over seeds {seeds}", title_justify="left", box=None)
-    for heading in ("", "mean", "lowest", "highest"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for label, row in rows.items():
-        table.add_row(label, *(f"{row[key]:.3f}" for key in ("mean", "lowest", "highest")))
-    Console().print(table)
+    table = Table(title=f"{Path(plan).stem}: {total['score']} over seeds {seeds}", title_justify="left", box=None)
+    for heading in ("", "", "mean", "lowest", "highest"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, rows in total["results"].items():
+        for label, row in rows.items():
+            table.add_row(name, label, *(f"{row[key]:.3f}" for key in ("mean", "lowest", "highest")))
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    console.print(f"All runs and sweep.json are in {root}.")
+
+
+def _once(
+    variant: "Variant", setting: "Setting", seed: int, root: Path, *, as_json: bool, shelf: "Shelf"
+) -> dict[str, Any]:
+    """Return the contents of `run.json` of one run of a sweep; what is done already is not done again."""
+    from confide.simulations.setting import begin
+
+    directory = root / variant.name / f"seed-{seed}"
+    if not (directory / "setting.json").exists():
+        source = root / variant.name / "plan.toml"
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_bytes(variant.plan)
+        begin(directory, source, dataclasses.replace(setting, seed=seed))
+    if not (directory / "run.json").exists():
+        if not as_json:
+            Console(highlight=False, markup=False).print(f"{variant.name}, seed {seed}", style="bold")
+        _run(directory, as_json=as_json, show=False, shelf=shelf)
+    result: dict[str, Any] = json.loads((directory / "run.json").read_bytes())
+    return result
+
+
+def _seeds(words: str) -> list[int]:
+    try:
+        numbers = [int(word) for word in words.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds {words!r} is not a list of whole numbers such as 0,1,2.") from None
+    if len(set(numbers)) != len(numbers) or min(numbers) < 0:
+        raise UsageError("--seeds needs different numbers, none below 0.")
+    return numbers
 
 
 @app.command(epilog="Example: confide simulate bench federation --json")
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark: federation or secagg.", metavar="NAME")],
+    name: Annotated[str, typer.Argument(help="Which benchmark: federation, secagg or train.", metavar="NAME")],
+    plan: Annotated[
+        Path | None, typer.Option(help="For train: the plan that says how --data is read.", metavar="PLAN")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="For train: a table to measure on; the demo's messages if absent.", metavar="FILE"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory, beside a peer where there is one."""
     from confide.simulations.bench import bench as measure
 
     quiet_libraries()
-    result = measure(name, lambda line: typer.echo(line, err=True))
+    result = measure(name, lambda line: typer.echo(line, err=True), plan, data)
     if as_json:
         _print_json(result)
         return
@@ -217,12 +325,12 @@ def _flag(name: str) -> str:
 
 
 def _begin_demo(
-    name: str, directory: Path, *, seed: int, engine: str, summation: str, threads: int, compare: bool
+    name: str, directory: Path, *, seed: int, engine: str, summation: str, noise: str, threads: int, compare: bool
 ) -> None:
     """Make the run's directory and the scenario's tables in it."""
     from confide.simulations.setting import Setting, begin, check_choices, check_fresh
 
-    check_choices(engine=engine, summation=summation)
+    check_choices(engine=engine, summation=summation, noise=noise)
     chosen, model = scenario(name), demo_model()
     check_fresh(directory)
     data, test = chosen.prepare(directory / "data")
@@ -238,14 +346,17 @@ def _begin_demo(
         seed=seed,
         engine=engine,
         summation=summation,
+        noise=noise,
         threads=threads,
         alone=True,
+        head_only=compare,
         compare=compare,
+        score_every=1,
     )
     begin(directory, chosen.plan, setting)
 
 
-def _run(directory: Path, *, as_json: bool, show: bool = True) -> None:
+def _run(directory: Path, *, as_json: bool, show: bool = True, shelf: "Shelf | None" = None) -> None:
     """Run or resume the run in `directory`, live; leave it resumable on Ctrl-C."""
     quiet_libraries()
     watch = _Screen(quiet=as_json)
@@ -254,10 +365,12 @@ def _run(directory: Path, *, as_json: bool, show: bool = True) -> None:
         from confide.simulations.study import Study
 
         with watch:
-            result = Study(directory, watch).run()
+            result = Study(directory, watch, shelf).run()
             draw(result, directory / "figures")
     except KeyboardInterrupt:
         typer.echo(f"\nStopped. Go on with: confide simulate run --resume {directory}", err=True)
+        if json.loads((directory / "setting.json").read_bytes())["noise"] == "cryptographic":
+            typer.echo("A round that was interrupted is sat out then: such noise is never drawn twice.", err=True)
         raise
     except ConfideError:
         if (directory / "rounds").exists():
@@ -311,7 +424,7 @@ def _show(result: dict[str, Any], directory: Path) -> None:
     scores, measured, name = result["scores"], result["measured"], result["score"]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
-    shown = list(dict.fromkeys((name, "accuracy")))
+    shown = [score for score in dict.fromkeys((name, "accuracy")) if score in measured["federated"]]
     for heading in (*shown, f"epsilon (δ = {result['delta']:g})"):
         table.add_column(heading, justify="right")
     spent = max(result["epsilon"].values())

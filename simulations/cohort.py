@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Mapping
 
-from confide.client.data import Reading, load_tokenizer, read_examples
+from confide.client.data import Reading
 from confide.common.errors import DataError, UsageError
 from confide.common.examples import Examples, Ints
-from confide.common.plan import Plan
+from confide.common.plan import IMAGE_CLASSES, TEXT_CLASSES, Plan
 from confide.common.roster import SITE_NAME
 from confide.simulations import partition
 from confide.simulations.setting import SPLITS, Setting
+from confide.simulations.shelf import Shelf
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,22 +28,21 @@ class Cohort:
     skipped: Mapping[str, int]
 
 
-def read_cohort(setting: Setting, plan: Plan) -> Cohort:
+def read_cohort(setting: Setting, plan: Plan, shelf: Shelf) -> Cohort:
     """Read the setting's tables and split them.
 
     Raises:
         DataError: A table does not fit the plan, or a site has fewer persons than the plan asks for.
         UsageError: The split cannot be made, or gives a number of sites that the plan does not allow.
     """
-    tokenizer = load_tokenizer(setting.model)
     column = setting.column if setting.split == "column" else None
-    reading = read_examples(setting.data, plan, tokenizer, extra_column=column)
+    reading = shelf.reading(setting.data, setting.model, plan, column)
     skipped = dict(reading.skipped)
     if setting.test is None:
         rows, test_rows = partition.held_out(reading.examples, setting.test_share, setting.seed)
         test = reading.examples.subset(test_rows)
     else:
-        held_out = read_examples(setting.test, plan, tokenizer)
+        held_out = shelf.reading(setting.test, setting.model, plan)
         skipped |= {f"{reason} (test)": count for reason, count in held_out.skipped.items()}
         rows, test = None, held_out.examples
     sites = _split(reading, rows, setting, plan)
@@ -62,6 +62,8 @@ def _split(reading: Reading, rows: Ints | None, setting: Setting, plan: Plan) ->
             parts = partition.by_column(values)
         case "iid":
             parts = partition.iid(examples, setting.sites, seed)
+        case "dirichlet" if plan.task.kind not in {TEXT_CLASSES, IMAGE_CLASSES}:
+            raise UsageError(f"--split dirichlet needs one label for each row, and {plan.task.kind} has none. Use iid.")
         case "dirichlet":
             parts = partition.dirichlet(examples, setting.sites, setting.concentration, least, seed)
         case "quantity":

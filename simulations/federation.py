@@ -6,19 +6,24 @@ from pathlib import Path
 from typing import Protocol
 
 from confide.client.agent import Agent, Protection
-from confide.client.spends import SpendLog
-from confide.client.trainer import PrivateTrainer
+from confide.client.conformance import Certificate
+from confide.client.mechanism import Randomness
+from confide.client.noise import CRYPTOGRAPHIC, CryptographicNoise
+from confide.client.private_trainer import PrivateTrainer
+from confide.client.spends import SEEDED, SpendLog
 from confide.common.bounds import ring_layout
 from confide.common.examples import Examples
 from confide.common.messages import Envelope
-from confide.common.model import AdaptedModel, PrefixCache
+from confide.common.model import AdaptedModel
 from confide.common.plan import Plan
+from confide.common.prefix import PrefixCache
 from confide.common.ring import RingLayout
 from confide.server.aggregate import ServerState
 from confide.server.rounds import Run, run_rounds
 from confide.server.store import RoundRecord, Store
 from confide.simulations.enrolment import Sums
 from confide.simulations.insecure import InsecureSeededNoise
+from confide.simulations.setting import check_choices
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -27,21 +32,29 @@ class Federation:
 
     Attributes:
         name: The run's name; part of every message.
-        model: The base model and adapter that all share.
+        certificate: That the base model and adapter, which all share, passed the self-test.
         sites: Each site's rows, by name.
         cache: The frozen prefix of all rows, if it was computed.
-        seed: Fixes every draw of every site.
+        seed: Fixes every draw of every site, if the noise is seeded.
         summation: How vectors are summed, one of `SUMMATIONS`.
+        noise: Where the sites' draws come from, one of `NOISES`. Only seeded ones can be repeated: with cryptographic ones
+            a site sits out a round that was interrupted.
         purpose: Tells this federation's draws from those of others with the same seed.
     """
 
     name: str
-    model: AdaptedModel
+    certificate: Certificate
     sites: Mapping[str, Examples]
     cache: PrefixCache | None
     seed: int
     summation: str
+    noise: str = SEEDED
     purpose: str = "federated"
+
+    @property
+    def model(self) -> AdaptedModel:
+        """The base model and adapter that all share."""
+        return self.certificate.model
 
     @property
     def plan(self) -> Plan:
@@ -49,7 +62,12 @@ class Federation:
         return self.model.plan
 
     def begin(self, directory: Path) -> tuple[Run, dict[str, Agent]]:
-        """Return what the server runs, and one agent per site; their spends are recorded under `directory`."""
+        """Return what the server runs, and one agent per site; their spends are recorded under `directory`.
+
+        Raises:
+            UsageError: There is no summation or no noise of that name.
+        """
+        check_choices(noise=self.noise)
         ring = ring_layout(self.plan, self.model.layout, self.model.head)
         sums = Sums.of(self.summation, self.plan, ring, sorted(self.sites))
         run = Run(
@@ -63,20 +81,27 @@ class Federation:
         return run, {site: self._agent(site, directory, ring, sums.protections[site]) for site in run.sites}
 
     def _agent(self, site: str, directory: Path, ring: RingLayout, protection: Protection) -> Agent:
-        def randomness(number: int) -> InsecureSeededNoise:
+        def randomness(number: int) -> Randomness:
+            if self.noise == CRYPTOGRAPHIC:
+                return CryptographicNoise()
             return InsecureSeededNoise(self.seed, f"{self.purpose}/{site}", number)
 
         return Agent(
             site=site,
             run=self.name,
             plan=self.plan,
-            trainer=PrivateTrainer(self.model, self.sites[site], self.cache),
+            trainer=PrivateTrainer(self.certificate, self.sites[site], self.cache, personal_folder(directory, site)),
             declared_persons=declared(self.sites[site].person_count),
             ring=ring,
             randomness=randomness,
             protection=protection,
             spends=SpendLog(directory / f"{site}.jsonl"),
         )
+
+
+def personal_folder(directory: Path, site: str) -> Path:
+    """Return where a site keeps what of its adapter never leaves it; `directory` is that of the sites' records."""
+    return directory / f"{site}-personal"
 
 
 class Site(Protocol):

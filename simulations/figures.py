@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+_SHARES = ("accuracy", "macro-f1", "auroc")  # scores that lie between 0 and 1
 _INK, _ACCENT, _SOFT = "#1f2933", "#0b7285", "#adb5bd"
 
 
@@ -43,7 +44,8 @@ def _rounds(plt: Any, result: Mapping[str, Any]) -> Any:  # noqa: ANN401  matplo
     score_axis.plot([h["round"] for h in history], [h[name] for h in history], "o-", color=_ACCENT, markersize=4)
     score_axis.set_xlabel("round")
     score_axis.set_ylabel(name, color=_ACCENT)
-    score_axis.set_ylim(0, 1)
+    if name in _SHARES:
+        score_axis.set_ylim(0, 1)
     score_axis.xaxis.get_major_locator().set_params(integer=True)
     epsilon_axis = score_axis.twinx()
     epsilon_axis.spines["right"].set_visible(True)
@@ -74,7 +76,8 @@ def _sites(plt: Any, result: Mapping[str, Any]) -> Any:  # noqa: ANN401  matplot
     axis.bar_label(drawn, fmt="%.3f", padding=2, fontsize=9)
     axis.set_xticks(places, [label for label, _, _ in bars], fontsize=9)
     axis.set_ylabel(result["score"])
-    axis.set_ylim(0, 1)
+    if result["score"] in _SHARES:
+        axis.set_ylim(0, 1)
     axis.set_title(
         f"{result['plan']['name']}: who reaches what at epsilon {result['epsilon_target']:g}", loc="left", fontsize=11
     )

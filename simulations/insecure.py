@@ -128,7 +128,7 @@ class InsecureSeededNoise:
     """Draws fixed by a seed, a stream and a round: equal on every repetition, hence no protection.
 
     Streams are independent of each other: the generator (Philox, 256 bits of key and counter) is keyed by a hash of all
-    three.
+    three. Its words are integers, so they are equal on every machine, and so is what `client/noise` makes of them.
 
     Args:
         seed: The simulation's seed.
@@ -141,15 +141,12 @@ class InsecureSeededNoise:
     def __init__(self, seed: int, stream: str, number: int) -> None:
         digest = hashlib.sha256(f"confide-simulation/1|{seed}|{stream}|{number}".encode()).digest()
         self._rounding_key = hashlib.sha256(b"confide-simulation/1 rounding\n" + digest).digest()
-        self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(int.from_bytes(digest, "big"))))
+        # What numpy's distributions make of a generator may change between its versions; the raw words may not.
+        self._generator = np.random.Philox(np.random.SeedSequence(int.from_bytes(digest, "big")))
 
-    def uniforms(self, count: int) -> npt.NDArray[np.float64]:
-        """Return independent uniforms in [0, 1), (count,)."""
-        return self._generator.random(count)
-
-    def gaussian(self, count: int) -> npt.NDArray[np.float64]:
-        """Return independent standard normals, (count,)."""
-        return self._generator.standard_normal(count)
+    def words(self, count: int) -> npt.NDArray[np.uint64]:
+        """Return independent uniform 64-bit words, (count,)."""
+        return self._generator.random_raw(count)
 
     def rounding_key(self) -> bytes:
         """Return the key, 32 bytes, of the keystream that updates are rounded with."""

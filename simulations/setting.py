@@ -4,20 +4,32 @@ import dataclasses
 import json
 from pathlib import Path
 
+from confide.client.noise import CRYPTOGRAPHIC
+from confide.client.spends import SEEDED
 from confide.common.base import files_digest
 from confide.common.disk import whole
 from confide.common.errors import RunError, UsageError
 from confide.common.plan import load_plan
 from confide.simulations.insecure import PLAIN_SUM
 
-FORMAT = "confide-setting/1"
+FORMAT = "confide-setting/2"
 # Types of the plain fields, checked when a setting is read back.
-_PLAIN = {"test_share": "float", "sites": "int", "seed": "int", "threads": "int", "alone": "bool", "compare": "bool"}
+_PLAIN = {
+    "test_share": "float",
+    "sites": "int",
+    "seed": "int",
+    "threads": "int",
+    "alone": "bool",
+    "head_only": "bool",
+    "compare": "bool",
+    "score_every": "int",
+}
 SPLITS = ("column", "iid", "dirichlet", "quantity")
 ENGINES = ("in-process", "flower")
 REAL = "real"
 SUMMATIONS = (REAL, PLAIN_SUM)
-_CHOICES = {"split": SPLITS, "engine": ENGINES, "summation": SUMMATIONS}
+NOISES = (SEEDED, CRYPTOGRAPHIC)
+_CHOICES = {"split": SPLITS, "engine": ENGINES, "summation": SUMMATIONS, "noise": NOISES}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +45,15 @@ class Setting:
         column: The column that names each row's site, for the split `column`.
         sites: How many sites, for the other splits.
         concentration: The Dirichlet parameter, for the splits `dirichlet` and `quantity`.
-        seed: Fixes the split and every draw.
+        seed: Fixes the split, and every draw that is seeded.
         engine: How messages travel, one of `ENGINES`.
         summation: How vectors are summed, one of `SUMMATIONS`.
+        noise: Where the federation's draws come from, one of `NOISES`.
         threads: Processor threads of torch, 0 for the plan's; equal bytes need equal numbers.
         alone: Whether each site is also trained alone.
-        compare: Whether the head-only and the pooled comparisons are made.
+        head_only: Whether the federation is also run with its head only.
+        compare: Whether all rows are also trained pooled, with privacy and without.
+        score_every: After how many rounds an adapter is scored; 0 for the last only.
     """
 
     model: Path
@@ -52,13 +67,16 @@ class Setting:
     seed: int
     engine: str
     summation: str
+    noise: str
     threads: int
     alone: bool
+    head_only: bool
     compare: bool
+    score_every: int
 
 
 def check_choices(**chosen: str) -> None:
-    """Return if each of split, engine and summation that is given is one of those there are.
+    """Return if each of split, engine, summation and noise that is given is one of those there are.
 
     Raises:
         UsageError: One is not.
@@ -109,7 +127,13 @@ def read_setting(directory: Path) -> Setting:
     """
     try:
         fields = json.loads((directory / "setting.json").read_bytes())
-        if fields.pop("format") != FORMAT:
+        written = fields.pop("format")
+        if written == "confide-setting/1":
+            raise RunError(
+                f"The run in {directory} was begun by an earlier version, whose settings do not say where its noise comes "
+                "from, so it cannot go on. Begin anew with another --out."
+            )
+        if written != FORMAT:
             raise ValueError
         plan, tables = fields.pop("plan"), fields.pop("tables")
         for name in ("model", "data", "test"):

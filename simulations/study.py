@@ -6,30 +6,38 @@ all rows pooled without privacy, and the federation with its head only.
 
 import dataclasses
 import json
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from confide.client.agent import Agent
+from confide.client.conformance import Certificate, certify
 from confide.client.mechanism import Mechanism
-from confide.client.trainer import PrivateTrainer
-from confide.common.accounting import noise_multiplier, planned_cost
+from confide.client.personal import Personal
+from confide.client.private_trainer import PrivateTrainer
+from confide.common.accounting import planned_cost
 from confide.common.adapter import Floats
+from confide.common.calibration import noise_multiplier
 from confide.common.disk import lock, whole
 from confide.common.errors import RunError
 from confide.common.examples import Examples, union
 from confide.common.messages import Envelope, Start, kind_of
-from confide.common.model import AdaptedModel, PrefixCache, attach
-from confide.common.plan import Plan, load_plan
+from confide.common.model import AdaptedModel, attach
+from confide.common.plan import IMAGE_CLASSES, TEXT_CLASSES, Plan, load_plan
+from confide.common.prefix import PrefixCache
 from confide.server.aggregate import ServerState
 from confide.server.evaluate import evaluate
 from confide.server.publish import Claim, claim, publish, weakened
 from confide.server.store import RoundRecord, Store
 from confide.simulations.cohort import read_cohort
-from confide.simulations.federation import Engine, Federation, declared, run_in_process
+from confide.simulations.federation import Engine, Federation, declared, personal_folder, run_in_process
 from confide.simulations.insecure import InsecureSeededNoise
 from confide.simulations.setting import check_choices, read_setting
+from confide.simulations.shelf import Shelf
 
 RUN_FORMAT = "confide-run/1"
 _EPSILON_POINTS = 12
@@ -57,9 +65,10 @@ class Study:
     Args:
         directory: The run's directory.
         watch: Who is told of progress.
+        shelf: What other runs of this process have read and computed already.
     """
 
-    def __init__(self, directory: Path, watch: Watch) -> None:
+    def __init__(self, directory: Path, watch: Watch, shelf: Shelf | None = None) -> None:
         import torch
 
         self.directory = directory
@@ -73,20 +82,23 @@ class Study:
             raise RunError(f"Another process is running the run in {directory}. Wait for it, or stop it.") from None
         self._watch = watch
         self._began = time.monotonic()
-        watch.phase("Loading the base model and the rows", 3)
+        watch.phase("Loading the base model, its self-test, and the rows", 4)
         self.model = attach(self.setting.model, self.plan)
         watch.advance()
-        self.cohort = read_cohort(self.setting, self.plan)
+        self.certificate = _certified(self.model)
+        watch.advance()
+        shelf = shelf or Shelf()
+        self.cohort = read_cohort(self.setting, self.plan, shelf)
         watch.advance(2)
-        self.cache = self._prefix()
+        self.cache = self._prefix(shelf.cache(self.model))
         self._store = Store(directory)
         self._history: list[dict[str, object]] = []
 
     def run(self) -> dict[str, object]:
         """Do what is not done yet, and return the contents of `run.json`."""
         scores: dict[str, object] = {"untrained": self._score("untrained", lambda: self.model.start)}
-        adapter, status, claims = self._federated(self.directory, self.model)
-        scores["federated"] = self._score("federated", lambda: adapter)
+        adapter, status, claims = self._federated(self.directory, self.certificate)
+        scores["federated"] = self._score("federated", lambda: adapter, self._personal())
         if self.setting.alone:
             scores["alone"] = {site: self._score(f"alone/{site}", self._alone(site)) for site in self.cohort.sites}
         if self.setting.compare:
@@ -95,15 +107,16 @@ class Study:
             scores["pooled_not_private"] = self._score(
                 "pooled_not_private", lambda: self._trained("pooled_not_private", everyone, private=False)
             )
+        if self.setting.head_only and self.model.head:  # a language model has none of its own to train
             scores["head_only"] = self._head_only()
         self._publish(adapter, status, claims)
         return self._write(scores, status, claims)
 
-    def _prefix(self) -> PrefixCache | None:
-        if not PrefixCache.helps(self.model):
-            return None
-        cache = PrefixCache(self.model, self.plan.compute.micro_batch)
+    def _prefix(self, cache: PrefixCache | None) -> PrefixCache | None:
         parts = [*self.cohort.sites.values(), self.cohort.test]
+        parts = [] if cache is None else [part for part in parts if not cache.holds(part)]
+        if cache is None or not parts:
+            return cache
         self._watch.phase("Computing the frozen layers once", sum(map(len, parts)))
         for part in parts:
             before = 0
@@ -112,15 +125,20 @@ class Study:
                 before = done
         return cache
 
-    def _federated(self, directory: Path, model: AdaptedModel) -> tuple[Floats, str, dict[str, Claim]]:
+    def _cache_of(self, model: AdaptedModel) -> PrefixCache | None:
+        return self.cache if self.cache is None or model is self.model else self.cache.beside(model)
+
+    def _federated(self, directory: Path, certificate: Certificate) -> tuple[Floats, str, dict[str, Claim]]:
         """Return the last adapter, how the run ended, and what each site's persons are promised."""
+        model = certificate.model
         federation = Federation(
             name=self.plan.name,
-            model=model,
+            certificate=certificate,
             sites=self.cohort.sites,
-            cache=self.cache,
+            cache=self._cache_of(model),
             seed=self.setting.seed,
             summation=self.setting.summation,
+            noise=self.setting.noise,
             purpose="federated" if model is self.model else "head-only",
         )
         store = self._store if directory == self.directory else Store(directory)
@@ -142,21 +160,23 @@ class Study:
                 f"{directory}/rounds; the full one is in this program's log."
             )
         claims = {
-            site: claim(
-                agent.spends.spends, self.plan.privacy.delta, [r.round for r in store.records if site in r.present]
-            )
+            site: claim(agent.spends.spends, self.plan.privacy, [r.round for r in store.records if site in r.present])
             for site, agent in agents.items()
             if agent.spends.spends or any(site in r.present for r in store.records)
         }
         return state.adapter, status, claims
 
     def _told(self, record: RoundRecord, model: AdaptedModel, store: Store) -> None:
-        found = evaluate(model, store.adapter(record.adapter, model.layout), self.cohort.test, self.cache)
+        if not self.setting.score_every or record.round % self.setting.score_every:
+            return
+        adapter = store.adapter(record.adapter, model.layout)
+        found = self._evaluated(model, adapter, self._personal() if model is self.model else ())
         if model is self.model:
             self._history.append({"round": record.round, **found})
         void = "" if record.present else " (void)"
         missing = "".join(f", {site} lost at {why}" for site, why in record.missing.items())
-        shown = "  ".join(f"{name} {found[name]:.3f}" for name in dict.fromkeys((self.plan.task.score, "accuracy")))
+        names = [name for name in dict.fromkeys((self.plan.task.decides, "accuracy")) if name in found]
+        shown = "  ".join(f"{name} {found[name]:.3f}" for name in names)
         self._watch.note(f"round {record.round:>3}  {shown}  {len(record.present)} sites{void}{missing}")
 
     def _alone(self, site: str) -> Callable[[], Floats]:
@@ -170,32 +190,49 @@ class Study:
         rounds = self.plan.privacy.rounds
         self._watch.phase(f"For comparison: {name.replace('/', ' ').replace('_', ' ')}", rounds)
         adapter = self.model.start
-        trainer = PrivateTrainer(self.model, examples, self.cache)
+        trainer = PrivateTrainer(self.certificate, examples, self.cache)
         for number in range(1, rounds + 1):
             randomness = InsecureSeededNoise(self.setting.seed, name, number)
-            adapter = adapter + trainer.train(adapter, mechanism, randomness).values
+            adapter = adapter + trainer.train(number, adapter, mechanism, randomness).values
             self._watch.advance()
         return adapter
 
     def _head_only(self) -> float:
         def trained() -> Floats:
             model = attach(self.setting.model, self.plan, head_only=True)
-            head, _, _ = self._federated(self.directory / "head-only", model)
+            self.model.write(self.model.personal_start, self.model.personal)
+            head, _, _ = self._federated(self.directory / "head-only", _certified(model))
             return self.model.layout.flatten({**self.model.layout.split(self.model.start), **model.layout.split(head)})
 
         return self._score("head_only", trained)
 
-    def _score(self, name: str, adapter: Callable[[], Floats]) -> float:
+    def _personal(self) -> tuple[Floats, ...]:
+        """Return what each site's adapter has of its own by now; nothing if all of an adapter is shared."""
+        model, folder = self.model, self.directory / "sites"
+        if not model.personal.length:
+            return ()
+        folders = (personal_folder(folder, site) for site in self.cohort.sites)
+        return tuple(Personal(model.personal, model.personal_start, place).latest for place in folders)
+
+    def _evaluated(self, model: AdaptedModel, adapter: Floats, personal: Sequence[Floats]) -> dict[str, float]:
+        """Return the scores of an adapter; where sites have parts of their own, the mean over the sites."""
+        found = []
+        for own in personal or (model.read(model.personal),):
+            model.write(own, model.personal)
+            found.append(evaluate(model, adapter, self.cohort.test, self._cache_of(model)))
+        return {name: float(np.mean([scores[name] for scores in found])) for name in found[0]}
+
+    def _score(self, name: str, adapter: Callable[[], Floats], personal: Sequence[Floats] = ()) -> float:
         """Return the plan's score of an adapter, from the run's directory if it was measured before."""
         path = self.directory / "scores" / f"{name}.json"
         if not path.exists():
-            found = evaluate(self.model, adapter(), self.cohort.test, self.cache)
+            found = self._evaluated(self.model, adapter(), personal)
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole(path) as draft:
                 draft.write_text(json.dumps(found), encoding="utf-8")
-        value = float(json.loads(path.read_bytes())[self.plan.task.score])
+        value = float(json.loads(path.read_bytes())[self.plan.task.decides])
         if name != "federated":
-            self._watch.note(f"{name.replace('/', ' ').replace('_', ' ')}: {self.plan.task.score} {value:.3f}")
+            self._watch.note(f"{name.replace('/', ' ').replace('_', ' ')}: {self.plan.task.decides} {value:.3f}")
         return value
 
     def _publish(self, adapter: Floats, status: str, claims: Mapping[str, Claim]) -> None:
@@ -208,7 +245,12 @@ class Study:
             records=self._store.records,
             claims=claims,
             scores=self._measured()["federated"],
+            simulated=True,
         )
+        for site, own in zip(self.cohort.sites, self._personal(), strict=False):
+            folder = self.directory / "personal" / site
+            self.model.export(adapter, folder, own)
+            shutil.copyfile(self.directory / "plan.toml", folder / "plan.toml")
 
     def _measured(self) -> dict[str, dict[str, float]]:
         """Every score of everything that was evaluated, by name."""
@@ -226,7 +268,7 @@ class Study:
             "status": status,
             "plan": {"name": plan.name, "digest": plan.digest},
             "base": {"name": plan.model.base, "digest": plan.model.base_digest},
-            "score": plan.task.score,
+            "score": plan.task.decides,
             "scores": dict(scores),
             "measured": self._measured(),
             "epsilon": {site: claim.epsilon for site, claim in claims.items()},
@@ -239,15 +281,13 @@ class Study:
             "bytes_up_per_site_round": max(record.bytes_up for record in records),
             "bytes_down_per_site_round": max(record.bytes_down for record in records),
             "trained_numbers": self.model.layout.length,
-            "weakened_by": weakened(records, claims),
+            "weakened_by": weakened(records, claims, simulated=True),
             "sites": {
                 site: {
                     "rows": len(examples),
                     "persons": examples.person_count,
                     "declared_persons": declared(examples.person_count),
-                    "labels": {
-                        label: int((examples.labels == index).sum()) for index, label in enumerate(plan.task.labels)
-                    },
+                    "labels": _label_counts(examples, plan),
                 }
                 for site, examples in self.cohort.sites.items()
             },
@@ -280,6 +320,11 @@ class _Watched:
         return answer
 
 
+def _certified(model: AdaptedModel) -> Certificate:
+    """Return what the self-test says of a model; all sites train the same one, so it is tested once."""
+    return certify(model, cached=PrefixCache.helps(model))
+
+
 def _engine(name: str) -> Engine:
     if name == "flower":
         from confide.simulations.flower import run_through_flower
@@ -293,6 +338,13 @@ def _spends(path: Path) -> list[dict[str, object]]:
     from confide.client.spends import SpendLog
 
     return [dataclasses.asdict(spend) for spend in SpendLog(path).spends]
+
+
+def _label_counts(examples: Examples, plan: Plan) -> dict[str, int]:
+    """How many rows have each label, where a row has one."""
+    if plan.task.kind not in {TEXT_CLASSES, IMAGE_CLASSES}:
+        return {}
+    return {label: int((examples.labels == index).sum()) for index, label in enumerate(plan.task.labels)}
 
 
 def _epsilon_by_round(plan: Plan) -> list[dict[str, float]]:

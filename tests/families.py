@@ -91,6 +91,11 @@ def save_base(directory: Path, family: str, kind: str, **changes: object) -> Pat
     return directory
 
 
+def base_of(root: Path, family: str, kind: str) -> Path:
+    """Return the directory below `root` in which `make_model` keeps its base."""
+    return root / f"{family}-{'masked' if kind == MASKED else 'causal' if kind in LANGUAGE else 'plain'}"
+
+
 def make_plan(directory: Path, family: str, kind: str, **changes: object) -> Plan:
     """Return a plan for the base in a directory; `changes` are settings by name, whatever section they are in."""
     plan = read_plan(starter("tiny", family, base_digest(directory), FAMILIES[family][2], kind).encode())
@@ -107,7 +112,7 @@ def make_model(
     root: Path, family: str, kind: str, *, dtype: torch.dtype = torch.float64, **changes: object
 ) -> AdaptedModel:
     """Return a tiny model away from its start, where B and the head are zero and gradients special."""
-    directory = save_base(root / f"{family}-{'lm' if kind in LANGUAGE else 'base'}-{kind == MASKED}", family, kind)
+    directory = save_base(base_of(root, family, kind), family, kind)
     model = attach(directory, make_plan(directory, family, kind, **changes), dtype=dtype)
     move(model)
     return model

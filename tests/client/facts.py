@@ -20,12 +20,12 @@ from confide.client.mechanism import Mechanism
 from confide.client.private_trainer import PrivateTrainer
 from confide.client.spends import SpendLog
 from confide.client.trainer import train
-from confide.common.accounting import Spend
 from confide.common.bounds import ring_layout
 from confide.common.examples import Examples, Ints
 from confide.common.messages import Advertisement, Contribution, Offer, Start, open_envelope, seal
 from confide.common.model import AdaptedModel
 from confide.common.ring import RingLayout
+from confide.common.spend import Spend
 from confide.simulations.insecure import InsecurePlainSum, InsecureSeededNoise
 
 FALSE_ALARM = 1e-6  # of each statistical fact, if what it is about is sound

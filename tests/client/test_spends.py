@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from confide.client.spends import SpendLog
-from confide.common.accounting import Spend
 from confide.common.errors import PrivacyError, Refused
+from confide.common.spend import Spend
 
 START = "sha256:" + "0" * 64
 COMMITMENT = "sha256:" + "2" * 64
@@ -52,7 +52,7 @@ def test_a_reserved_spend_outlives_the_process(tmp_path: Path) -> None:
     path = tmp_path / "spends.jsonl"
     program = (
         "import os, sys; from pathlib import Path; from confide.client.spends import SpendLog; "
-        "from confide.common.accounting import Spend; "
+        "from confide.common.spend import Spend; "
         f"SpendLog(Path(sys.argv[1])).reserve({spend(1)!r}, 'start'); os._exit(9)"
     )
 

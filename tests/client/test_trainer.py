@@ -15,7 +15,7 @@ from confide.client.conformance import certify
 from confide.client.gradients import ClippedSum, PersonGradients
 from confide.client.mechanism import Mechanism
 from confide.client.trainer import train
-from confide.common.accounting import noise_multiplier
+from confide.common.calibration import noise_multiplier
 from confide.common.errors import DataError, ModelError, PrivacyError
 from confide.common.examples import Examples, Ints
 from confide.common.model import AdaptedModel, attach

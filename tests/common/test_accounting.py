@@ -1,91 +1,32 @@
-"""Accounting: from spends to epsilon, and from epsilon to the noise it needs."""
+"""Accounting: from spends to epsilon, and what a run may claim."""
 
 import dataclasses
 import itertools
 import math
-import warnings
+import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings, strategies
 
-from confide.common.accounting import (
-    RDP_ORDERS,
-    Spend,
-    _smallest,
-    cost,
-    noise_multiplier,
-    planned_cost,
-    rdp_check,
-)
+from confide.common.accounting import as_declared, claimed, cost, planned_cost, planned_spend
+from confide.common.calibration import noise_multiplier
+from confide.common.conversions import replace_one_cost, several_rows_cost
 from confide.common.errors import PrivacyError
+from confide.common.filter import MOST_EPSILON, Filter, best_order
 from confide.common.plan import Privacy
-
-SPEND = Spend(
-    round=1,
-    sampling_rate=0.1,
-    noise_multiplier=2.0,
-    steps=40,
-    clip_norm=1.0,
-    divisor=100.0,
-    noise="insecure_seeded_noise",
-)
-PRIVACY = Privacy(epsilon=8.0, delta=1e-5, sampling_rate=0.1, steps_per_round=4, rounds=10, min_persons=1000)
-# (sampling rate, noise multiplier, steps), from generous to strict.
-GRID = [(0.01, 0.6, 500), (0.05, 1.0, 200), (0.1, 2.0, 1000), (0.3, 4.0, 100), (1.0, 8.0, 40)]
+from confide.common.pld import LEAST_PLD_DELTA
+from confide.common.renyi import rdp_check
+from confide.common.spend import Spend
+from confide.server.publish import claim
+from tests.common.spending import GRID, PRIVACY, SPEND, many_unlike, spend
 
 
-def spend(rate: float, noise: float, steps: int) -> Spend:
-    return dataclasses.replace(SPEND, sampling_rate=rate, noise_multiplier=noise, steps=steps)
+def test_epsilon_is_the_smaller_of_two_upper_bounds() -> None:
+    for rate, noise, steps in GRID:
+        spent = cost([spend(rate, noise, steps)], 1e-5)
 
-
-def altered(key: str, value: object) -> Spend:
-    changes: dict[str, Any] = {key: value}
-    return dataclasses.replace(SPEND, **changes)
-
-
-def event_rdp(rate: float, noise: float, steps: int, delta: float, orders: tuple[int, ...]) -> float:
-    """The same by dp-accounting, put together by hand."""
-    import dp_accounting
-    from dp_accounting import rdp
-
-    accountant = rdp.RdpAccountant(orders, dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
-    accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise)), steps)
-    return float(accountant.get_epsilon(delta))
-
-
-@pytest.mark.parametrize(("rate", "noise", "steps"), GRID)
-@pytest.mark.parametrize("delta", [1e-5, 1e-9])
-def test_our_own_rdp_equals_that_of_dp_accounting(rate: float, noise: float, steps: int, delta: float) -> None:
-    event = spend(rate, noise, steps)
-
-    ours = rdp_check([event], delta)
-
-    assert ours == pytest.approx(cost([event], delta).rdp, abs=1e-6)
-    assert ours == pytest.approx(event_rdp(rate, noise, steps, delta, RDP_ORDERS), abs=1e-6)
-
-
-@pytest.mark.parametrize("order", [2, 3, 17, 64, 4096])
-def test_our_own_rdp_equals_that_of_dp_accounting_at_each_order(order: int) -> None:
-    for rate, noise, steps in GRID[:-1]:
-        ours = rdp_check([spend(rate, noise, steps)], 1e-5, [order])
-
-        assert ours == pytest.approx(event_rdp(rate, noise, steps, 1e-5, (order,)), rel=1e-9, abs=1e-6)
-
-
-@pytest.mark.parametrize(("rate", "noise", "steps"), [(0.01, 0.8, 200), (0.05, 1.0, 200), (0.1, 3.0, 400)])
-def test_pld_agrees_with_the_prv_accountant_of_opacus(rate: float, noise: float, steps: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from opacus.accountants import PRVAccountant
-
-        accountant = PRVAccountant()
-        accountant.history = [(noise, rate, steps)]
-        theirs = float(accountant.get_epsilon(1e-5, eps_error=0.01, delta_error=1e-8))
-
-    ours = cost([spend(rate, noise, steps)], 1e-5).pld
-
-    assert ours == pytest.approx(theirs, rel=0.03)
+        assert spent.epsilon == min(spent.rdp, spent.pld)
+        assert spent.rdp == pytest.approx(spent.pld, rel=0.6)
 
 
 @pytest.mark.parametrize(("noise", "steps"), [(2.0, 1), (8.0, 40), (0.7, 1)])
@@ -107,69 +48,6 @@ def normal(x: float) -> float:
     return math.erfc(-x / math.sqrt(2)) / 2
 
 
-def test_epsilon_is_the_smaller_of_two_upper_bounds() -> None:
-    for rate, noise, steps in GRID:
-        spent = cost([spend(rate, noise, steps)], 1e-5)
-
-        assert spent.epsilon == min(spent.rdp, spent.pld)
-        assert spent.rdp == pytest.approx(spent.pld, rel=0.6)
-
-
-# Here the older calibration failed or gave one unit too much: few steps at a small rate, long runs at a tiny delta.
-@pytest.mark.parametrize(
-    ("epsilon", "delta", "rate", "steps"),
-    [
-        (8.0, 1e-5, 0.1, 40),
-        (1.0, 1e-6, 0.001, 40),
-        (1.0, 1e-6, 0.001, 1000),
-        (0.1, 1e-6, 0.1, 1),
-        (0.1, 1e-12, 0.1, 1000),
-        (1.0, 1e-12, 1.0, 1),
-        (8.0, 1e-12, 1.0, 40),
-        (30.0, 1e-5, 0.5, 10),
-    ],
-)
-def test_the_noise_multiplier_is_the_smallest_to_four_decimals(
-    epsilon: float, delta: float, rate: float, steps: int
-) -> None:
-    privacy = Privacy(
-        epsilon=epsilon, delta=delta, sampling_rate=rate, steps_per_round=steps, rounds=1, min_persons=1000
-    )
-
-    noise = noise_multiplier(privacy)
-
-    assert noise == round(noise, 4)
-    assert cost([spend(rate, noise, steps)], delta).epsilon <= epsilon
-    assert cost([spend(rate, round(noise - 1e-4, 4), steps)], delta).epsilon > epsilon
-
-
-@given(strategies.integers(1000, 10**8), strategies.floats(0.2, 3), strategies.integers(0, 10**6))
-def test_the_search_for_noise_finds_the_smallest_unit_that_fits(root: int, power: float, above: int) -> None:
-    def epsilon(units: int) -> float:
-        return math.inf if units < root / 2 else (root / units) ** power
-
-    found = _smallest(epsilon, 1.0, root + above)
-
-    assert found == root
-
-
-def test_the_noise_multiplier_of_the_starter_is_pinned() -> None:
-    assert noise_multiplier(PRIVACY) == 0.7688
-
-
-def test_the_noise_multiplier_never_falls_below_a_tenth() -> None:
-    loose = dataclasses.replace(PRIVACY, epsilon=100.0, sampling_rate=0.001, steps_per_round=1, rounds=1)
-
-    assert noise_multiplier(loose) == 0.1
-
-
-def test_an_epsilon_no_noise_reaches_is_refused() -> None:
-    strict = dataclasses.replace(PRIVACY, epsilon=1e-6, delta=1e-12)
-
-    with pytest.raises(PrivacyError, match=r"cannot be reached in 40 steps at sampling rate 0.1. Raise epsilon"):
-        noise_multiplier(strict)
-
-
 def test_cost_composes_over_all_rounds_and_not_per_round() -> None:
     noise = noise_multiplier(PRIVACY)
     one_round = [spend(0.1, noise, 4)]
@@ -181,18 +59,6 @@ def test_cost_composes_over_all_rounds_and_not_per_round() -> None:
     assert whole == planned_cost(PRIVACY)
     assert whole.epsilon <= PRIVACY.epsilon
     assert whole.epsilon < 10 * cost(one_round, PRIVACY.delta).epsilon
-
-
-def test_splitting_a_run_into_rounds_in_another_way_needs_the_same_noise() -> None:
-    other = dataclasses.replace(PRIVACY, steps_per_round=10, rounds=4)
-
-    assert noise_multiplier(other) == noise_multiplier(PRIVACY)
-
-
-def test_noise_does_not_depend_on_clip_norm_or_persons() -> None:
-    other = dataclasses.replace(PRIVACY, clip_norm=0.01, min_persons=99_999)
-
-    assert noise_multiplier(other) == noise_multiplier(PRIVACY)
 
 
 def test_the_cost_of_a_part_of_the_plan_grows_to_the_whole() -> None:
@@ -225,18 +91,6 @@ def test_unlike_spends_cost_more_than_each_and_no_more_than_their_sum() -> None:
     assert rdp_check([first, second], 1e-5) == pytest.approx(both.rdp, abs=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    strategies.floats(0.001, 1), strategies.floats(0.5, 50), strategies.integers(1, 500), strategies.integers(1, 500)
-)
-def test_cost_grows_with_steps_and_rate_and_falls_with_noise(rate: float, noise: float, less: int, more: int) -> None:
-    base = rdp_check([spend(rate, noise, less)], 1e-5)
-
-    assert base <= rdp_check([spend(rate, noise, less + more)], 1e-5)
-    assert base <= rdp_check([spend(min(1.0, rate * 1.5), noise, less)], 1e-5) + 1e-9
-    assert base >= rdp_check([spend(rate, noise * 1.5, less)], 1e-5)
-
-
 def test_cost_grows_with_steps_in_both_accountants() -> None:
     costs = [cost([spend(0.1, 2.0, steps)], 1e-5) for steps in (1, 10, 100, 1000, 1001)]
 
@@ -257,14 +111,140 @@ def test_a_delta_that_is_no_probability_is_refused(delta: float) -> None:
         cost([SPEND], delta)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, -1.0])
-@pytest.mark.parametrize("key", ["sampling_rate", "noise_multiplier", "clip_norm", "divisor"])
-def test_a_spend_that_is_no_training_is_refused(key: str, bad: float) -> None:
-    with pytest.raises(PrivacyError, match="No training costs what this says"):
-        altered(key, bad)
+def test_a_delta_below_what_loss_distributions_certify_leaves_rdp_alone() -> None:
+    tiny = cost([SPEND], LEAST_PLD_DELTA / 2)
+
+    assert tiny.pld == math.inf
+    assert tiny.declared == tiny.adaptive == tiny.rdp < math.inf
+    for conversion in (replace_one_cost, lambda spends, delta: several_rows_cost(spends, delta, 2)):
+        with pytest.raises(
+            PrivacyError, match=r"cannot be certified: privacy loss distributions hold for delta of at least 1e-12"
+        ):
+            conversion([SPEND], LEAST_PLD_DELTA / 2)
 
 
-@pytest.mark.parametrize(("key", "bad"), [("sampling_rate", 1.0000001), ("steps", 0), ("steps", -1), ("round", 0)])
-def test_a_spend_beyond_its_limits_is_refused(key: str, bad: float) -> None:
-    with pytest.raises(PrivacyError, match="No training costs what this says"):
-        altered(key, bad)
+# Numbers at the edges: (sampling rate, noise multiplier, steps, delta).
+EDGES = [
+    (5e-324, 1.0, 10**6, 1e-5),
+    (5e-324, 1.0, 1, 5e-324),
+    (1e-12, 1e6, 10**6, 1e-12),
+    (0.1, 1e6, 10**6, 1e-12),
+    (0.1, 1e300, 1, 1e-5),
+    (1.0, 1e300, 10**6, 1e-5),
+    (0.1, 2.0, 1, 5e-324),
+    (0.1, 2.0, 40, 0.5),
+    (1.0, 2.0, 40, 0.5),
+    (0.1, 2.0, 1, 1 - 2**-53),
+    (1.0, 1e-3, 1, 1e-5),
+    (0.1, 0.02, 1, 1e-5),
+    (1.0, 1.0, 10**6, 1e-5),
+]
+
+
+@pytest.mark.parametrize(("rate", "noise", "steps", "delta"), EDGES)
+def test_epsilon_is_never_negative_nor_no_number(rate: float, noise: float, steps: int, delta: float) -> None:
+    spent = cost([spend(rate, noise, steps)], delta)
+
+    assert spent.rdp >= 0
+    assert spent.pld >= 0
+    assert 0 <= spent.declared < math.inf
+    assert rdp_check([spend(rate, noise, steps)], delta) == pytest.approx(spent.rdp, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("noise", [5e-324, 1e-310, 1e-200, 1e-7])
+def test_next_to_no_noise_costs_everything(noise: float) -> None:
+    for rate in (5e-324, 0.1, 1.0):
+        assert cost([spend(rate, noise, 1)], 1e-5).declared == math.inf
+
+
+def test_a_huge_noise_at_a_tiny_delta_still_costs_something() -> None:
+    assert 0 < cost([spend(0.1, 1e6, 1)], 1e-300).declared < 0.2
+
+
+def test_a_hundred_thousand_unlike_spends_are_composed_in_seconds() -> None:
+    spends = many_unlike()
+
+    began = time.process_time()
+    total = cost(spends, 1e-5)
+
+    assert time.process_time() - began < 5
+    assert total.declared == total.rdp == rdp_check(spends, 1e-5)
+    assert cost([spend(0.001, 1.4, 100_000)], 1e-5).rdp < total.rdp < cost([spend(0.001, 0.7, 100_000)], 1e-5).rdp
+
+
+@pytest.mark.parametrize(("rate", "noise"), [(0.01, 1.0), (0.1, 4.0), (0.001, 0.5), (0.5, 2.0)])
+def test_a_report_on_ten_thousand_steps_takes_no_five_seconds(rate: float, noise: float) -> None:
+    began = time.process_time()
+    spent = cost([spend(rate, noise, 10_000)], 1e-5)
+
+    assert time.process_time() - began < 5
+    assert spent.pld < spent.rdp
+
+
+def test_a_run_of_the_whole_plan_claims_what_the_plan_declared() -> None:
+    spends = rounds_of(PRIVACY, range(1, 11))
+
+    assert as_declared(spends, PRIVACY)
+    assert claimed(spends, PRIVACY) == planned_cost(PRIVACY).declared <= PRIVACY.epsilon
+    assert claimed([], PRIVACY) == 0
+
+
+@pytest.mark.parametrize("made", [[1], [3, 7], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7, 8, 10]])
+def test_missed_and_void_rounds_never_raise_the_claim_nor_lower_it_below_what_was_spent(made: list[int]) -> None:
+    spends = rounds_of(PRIVACY, made)
+
+    told = claimed(spends, PRIVACY)
+
+    assert as_declared(spends, PRIVACY)
+    assert cost(spends, PRIVACY.delta).declared <= told <= planned_cost(PRIVACY).declared
+
+
+def test_a_run_of_few_rounds_claims_less_than_the_plan() -> None:
+    long = dataclasses.replace(PRIVACY, rounds=100, steps_per_round=10)
+
+    told = claimed(rounds_of(long, [1]), long)
+
+    assert told == Filter(epsilon=100, delta=long.delta, order=best_order(long)).after(rounds_of(long, [1])).at_any_stop
+    assert told < 0.9 * planned_cost(long).declared
+
+
+def test_the_manifest_claims_what_was_declared_and_rounds_it_up() -> None:
+    whole, some = rounds_of(PRIVACY, range(1, 11)), rounds_of(PRIVACY, [1, 2])
+
+    for spends in (whole, some):
+        found = claim(spends, PRIVACY, [1, 2])
+
+        assert 0 <= found.epsilon - claimed(spends, PRIVACY) < 1e-6 + 1e-12
+    with pytest.raises(PrivacyError, match="without a recorded spend"):
+        claim(some, PRIVACY, [1, 2, 3])
+
+
+def rounds_of(privacy: Privacy, numbers: Any) -> list[Spend]:
+    return [dataclasses.replace(planned_spend(privacy), round=number) for number in numbers]
+
+
+CHANGED: dict[str, list[Spend]] = {
+    "more noise": [dataclasses.replace(one, noise_multiplier=0.9) for one in rounds_of(PRIVACY, range(1, 11))],
+    "less noise once": [
+        *rounds_of(PRIVACY, range(1, 10)),
+        dataclasses.replace(planned_spend(PRIVACY), round=10, noise_multiplier=0.7),
+    ],
+    "more steps once": [
+        *rounds_of(PRIVACY, range(1, 10)),
+        dataclasses.replace(planned_spend(PRIVACY), round=10, steps=5),
+    ],
+    "a round beyond the last": rounds_of(PRIVACY, range(1, 12)),
+    "a round twice": rounds_of(PRIVACY, [1, 1, 2]),
+    "four times the rate": [dataclasses.replace(one, sampling_rate=0.4) for one in rounds_of(PRIVACY, range(1, 11))],
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_what_the_plan_did_not_declare_is_claimed_by_rdp_alone(case: str) -> None:
+    spends = CHANGED[case]
+
+    told = claimed(spends, PRIVACY)
+
+    assert not as_declared(spends, PRIVACY)
+    gate = Filter(epsilon=MOST_EPSILON, delta=PRIVACY.delta, order=best_order(PRIVACY)).after(spends)
+    assert told == gate.at_any_stop > gate.used >= cost(spends, PRIVACY.delta).rdp - 1e-9

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from confide.common.accounting import noise_multiplier
 from confide.common.adapter import Layout
 from confide.common.bounds import predicted, predicted_norm, ring_layout
+from confide.common.calibration import noise_multiplier
 from confide.common.plan import Plan
 from confide.common.ring import RingLayout
 

@@ -1,155 +1,190 @@
 """The base model, the adapter on it, and what is exported."""
 
 import dataclasses
+import functools
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from confide.common.adapter import frozen_factor
 from confide.common.base import base_digest
 from confide.common.errors import AdapterError, ModelError
+from confide.common.examples import Examples
 from confide.common.model import AdaptedModel, attach, merge
-from confide.common.network import load_base
+from confide.common.network import CLASSES, load_base
 from confide.common.objective import probabilities
-from confide.common.plan import Plan
-from confide.common.prefix import PrefixCache
-from tests.conftest import MakeExamples, save_tokenizer
+from confide.common.plan import (
+    ALTERNATE,
+    CAUSAL,
+    FEDIT,
+    FFA,
+    LANGUAGE,
+    MASKED,
+    R_ONLY,
+    REGRESSION,
+    SHARE_A,
+    TEXT_CLASSES,
+    Plan,
+)
+from tests.conftest import MakeExamples
+from tests.families import LABELS, PAIRS, base_of, make_examples, make_model, make_plan, save_base
 
-FAMILIES = {
-    "bert": (transformers.BertConfig, transformers.BertModel, ("query", "value")),
-    "roberta": (transformers.RobertaConfig, transformers.RobertaModel, ("query", "value")),
-    "distilbert": (transformers.DistilBertConfig, transformers.DistilBertModel, ("q_lin", "v_lin")),
-    "modernbert": (transformers.ModernBertConfig, transformers.ModernBertModel, ("Wqkv",)),
-    "gpt2": (transformers.GPT2Config, transformers.GPT2Model, ("c_attn",)),
-    "llama": (transformers.LlamaConfig, transformers.LlamaModel, ("q_proj", "v_proj")),
-}
+FAMILY_AND_KIND = pytest.mark.parametrize(("family", "kind"), PAIRS)
+# What each method lets peft's file hold is another thing, so one encoder and one decoder go through all of them.
+METHODS = [
+    (family, kind, method)
+    for family, kind in (("bert", TEXT_CLASSES), ("llama", CAUSAL))
+    for method in (FFA, FEDIT, ALTERNATE, SHARE_A, R_ONLY)
+]
+Build = Callable[..., AdaptedModel]
 
 
-def small(family: str, directory: Path, plan: Plan) -> Plan:
-    """Write a tiny random model of `family` and return the plan for it."""
-    config_class, model_class, targets = FAMILIES[family]
-    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
-    if family == "distilbert":
-        sizes = {"dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 24}
-    if family == "gpt2":
-        sizes = {"n_embd": 16, "n_layer": 3, "n_head": 2}
-    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-    if family == "modernbert":
-        tokens |= {"cls_token_id": 2, "sep_token_id": 3}
-    torch.manual_seed(3)
-    model_class(config_class(vocab_size=19, max_position_embeddings=40, **sizes, **tokens)).save_pretrained(directory)
-    save_tokenizer(directory)
-    return dataclasses.replace(
-        plan,
-        model=dataclasses.replace(plan.model, base=family, base_digest=base_digest(directory)),
-        adapter=dataclasses.replace(plan.adapter, targets=targets, top_layers=1),
-    )
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tiny base models of all families lie."""
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.fixture(scope="module")
+def build(families: Path) -> Build:
+    """Return a maker of tiny models in float32."""
+    return functools.partial(make_model, families, dtype=torch.float32)
+
+
+def loaded_plainly(directory: Path, model: AdaptedModel) -> Any:
+    """Return what transformers makes of a directory with the class that is named for the kind of task."""
+    kind = model.plan.task.kind
+    labels = {} if kind in LANGUAGE else {"num_labels": 1 if kind == REGRESSION else len(LABELS)}
+    return getattr(transformers, CLASSES[kind]).from_pretrained(directory, **labels)
+
+
+def plain_logits(network: Any, model: AdaptedModel, examples: Examples) -> torch.Tensor:
+    """Return what a network makes of the examples one by one, as a user would ask it: (rows, …)."""
+    answers = []
+    for row in range(len(examples)):
+        batch = examples.batch(np.array([row]))
+        inputs: dict[str, torch.Tensor] = {}
+        if batch.pixels is not None:
+            inputs = {"pixel_values": torch.from_numpy(batch.pixels).float() / 127.5 - 1}
+        elif batch.input_ids is not None:
+            inputs = {"input_ids": torch.from_numpy(batch.input_ids)}
+        with torch.no_grad():
+            answers.append(network.eval()(**inputs).logits[0])
+    return nn.utils.rnn.pad_sequence(answers, batch_first=True)
+
+
+def own_logits(model: AdaptedModel, examples: Examples) -> torch.Tensor:
+    """Return what the model makes of the examples in one batch, zero where padding is: (rows, …)."""
+    batch = examples.batch(np.arange(len(examples)))
+    with torch.no_grad():
+        logits = model.forward(batch)
+    if logits.ndim == 3 and batch.attention_mask is not None:
+        logits = logits * torch.from_numpy(batch.attention_mask)[..., None]
+    return logits
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert expected.std() > 0
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@FAMILY_AND_KIND
+def test_the_export_loads_with_plain_peft_and_gives_equal_logits(
+    family: str, kind: str, tmp_path: Path, build: Build, families: Path
+) -> None:
+    model, examples = build(family, kind), make_examples(kind)
+    expected = own_logits(model, examples)
+
+    model.export(model.read(), tmp_path)
+    network = peft.PeftModel.from_pretrained(loaded_plainly(base_of(families, family, kind), model), tmp_path)
+
+    assert_near(plain_logits(network, model, examples), expected)
+
+
+@FAMILY_AND_KIND
+def test_merged_weights_load_without_peft_and_give_equal_logits(
+    family: str, kind: str, tmp_path: Path, build: Build, families: Path
+) -> None:
+    model, examples = build(family, kind), make_examples(kind)
+    expected = own_logits(model, examples)
+
+    merge(model, model.read(), base_of(families, family, kind), tmp_path)
+
+    assert_near(plain_logits(loaded_plainly(tmp_path, model), model, examples), expected)
+    assert_near(own_logits(model, examples), expected)
+
+
+@pytest.mark.parametrize(("family", "kind", "method"), METHODS)
+def test_what_any_method_exports_is_what_it_trained_and_comes_back(
+    family: str, kind: str, method: str, tmp_path: Path, build: Build, families: Path
+) -> None:
+    model, examples = build(family, kind, method=method), make_examples(kind)
+    vector, own = model.read(), model.read(model.personal)
+    expected = own_logits(model, examples)
+
+    model.export(vector, tmp_path, own)
+    network = peft.PeftModel.from_pretrained(loaded_plainly(base_of(families, family, kind), model), tmp_path)
+    fresh = attach(base_of(families, family, kind), model.plan)
+    back = fresh.import_exported(tmp_path)
+
+    assert_near(plain_logits(network, model, examples), expected)
+    np.testing.assert_array_equal(back, vector)
+    np.testing.assert_array_equal(fresh.read(fresh.personal), own)
+    assert torch.equal(own_logits(fresh, examples), expected)
+    assert (own.size > 0) == (method == SHARE_A)
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "llama"])
 def test_a_mean_pooled_export_loads_with_plain_peft_over_load_base(
-    family: str, tmp_path: Path, plan: Plan, make_examples: MakeExamples
+    family: str, tmp_path: Path, build: Build, families: Path
 ) -> None:
-    fitted = small(family, tmp_path / "base", plan)
-    fitted = dataclasses.replace(fitted, model=dataclasses.replace(fitted.model, pooling="mean"))
-    model = attach(tmp_path / "base", fitted)
-    vector, examples = somewhere(model), make_examples(5, seed=1)
-    model.write(vector)
-    cache = PrefixCache(model)
-    list(cache.add(examples))
-    expected = probabilities(model, examples)
+    model, examples = build(family, TEXT_CLASSES, pooling="mean"), make_examples(TEXT_CLASSES)
+    base = base_of(families, family, TEXT_CLASSES)
+    expected = own_logits(model, examples)
 
-    model.export(vector, tmp_path / "adapter")
-    loaded = peft.PeftModel.from_pretrained(load_base(tmp_path / "base", fitted), tmp_path / "adapter").eval()
+    model.export(model.read(), tmp_path / "adapter")
+    network = peft.PeftModel.from_pretrained(load_base(base, model.plan), tmp_path / "adapter").eval()
 
-    np.testing.assert_allclose(probabilities(model, examples, cache), expected, atol=2e-6)
-    for row in range(5):
+    for row in range(len(examples)):
         batch = examples.batch(np.array([row]))
+        assert batch.input_ids is not None
+        assert batch.attention_mask is not None
         with torch.no_grad():
-            logits = loaded(
+            logits = network(
                 input_ids=torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(batch.attention_mask)
             ).logits
-        np.testing.assert_allclose(logits.softmax(-1)[0].numpy(), expected[row], atol=1e-6)
+        assert_near(logits[0], expected[row])
     with pytest.raises(ModelError, match="no class in transformers"):
-        merge(model, vector, tmp_path / "base", tmp_path / "merged")
+        merge(model, model.read(), base, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(("family", "kind"), [("bert", MASKED), ("roberta", MASKED), ("gpt2", CAUSAL)])
+def test_a_head_that_shares_its_embeddings_stays_frozen_and_shared(family: str, kind: str, build: Build) -> None:
+    model = build(family, kind)
+
+    network = model.network.get_base_model()
+
+    assert network.get_output_embeddings().weight is network.get_input_embeddings().weight
+    assert not network.get_input_embeddings().weight.requires_grad
+    assert model.head == frozenset()
 
 
 def somewhere(model: AdaptedModel) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     return np.random.default_rng(0).normal(0, 0.2, model.layout.length).astype(np.float32)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_export_loads_with_plain_peft_and_gives_identical_logits(
-    family: str, tmp_path: Path, plan: Plan, make_examples: MakeExamples
-) -> None:
-    fitted = small(family, tmp_path / "base", plan)
-    model = attach(tmp_path / "base", fitted)
-    vector, examples = somewhere(model), make_examples(5, seed=1)
-    model.write(vector)
-    rows = np.arange(5)
-    with torch.no_grad():
-        expected = model.logits(examples, rows)
-
-    model.export(vector, tmp_path / "adapter")
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-
-    batch = examples.batch(rows)
-    base.config.pad_token_id = 0
-    with torch.no_grad():
-        found = loaded(
-            input_ids=torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(batch.attention_mask)
-        ).logits
-    assert torch.equal(found, expected)
-    assert expected.std() > 0
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_replaying_the_frozen_prefix_changes_no_logits(
-    family: str, tmp_path: Path, plan: Plan, make_examples: MakeExamples
-) -> None:
-    model = attach(tmp_path / "base", small(family, tmp_path / "base", plan))
-    model.write(somewhere(model))
-    examples = make_examples(20, seed=2)
-    cache = PrefixCache(model, micro_batch=6)
-    list(cache.add(examples))
-
-    plain, replayed = probabilities(model, examples), probabilities(model, examples, cache)
-
-    np.testing.assert_allclose(replayed, plain, atol=2e-6)
-    assert model.first_adapted == 2
-    assert cache.size_bytes == examples.lengths.sum() * 16 * 4
-
-
-def test_subsets_of_cached_examples_are_cached(base_directory: Path, plan: Plan, make_examples: MakeExamples) -> None:
-    model = attach(base_directory, plan)
-    examples = make_examples(9, seed=2)
-    cache = PrefixCache(model)
-    list(cache.add(examples))
-
-    part = examples.subset(np.array([7, 1, 4]))
-
-    np.testing.assert_allclose(probabilities(model, part, cache), probabilities(model, part), atol=2e-6)
-
-
-def test_rows_that_were_never_added_have_no_prefix(
-    base_directory: Path, plan: Plan, make_examples: MakeExamples
-) -> None:
-    cache = PrefixCache(attach(base_directory, plan))
-
-    with pytest.raises(ModelError, match="never added"):
-        cache.hidden(make_examples(2, seed=0), np.array([0]))
-
-
-def test_merged_weights_give_the_adapters_logits(
+def test_merged_weights_keep_the_labels_names_and_the_tokenizer(
     tmp_path: Path, base_directory: Path, plan: Plan, make_examples: MakeExamples
 ) -> None:
     model = attach(base_directory, plan)
@@ -277,11 +312,43 @@ def test_an_adapter_that_does_not_fit_is_refused(
         attach(base_directory, dataclasses.replace(plan, adapter=adapter))
 
 
-def test_texts_longer_than_the_model_can_read_are_refused_before_any_row(base_directory: Path, plan: Plan) -> None:
-    long = dataclasses.replace(plan, model=dataclasses.replace(plan.model, max_tokens=41))
+@pytest.mark.parametrize(
+    ("family", "kind", "reads"),
+    [("bert", TEXT_CLASSES, 40), ("roberta", TEXT_CLASSES, 38), ("gpt2", CAUSAL, 40), ("llama", CAUSAL, 40)],
+)
+def test_texts_longer_than_the_model_can_read_are_refused_before_any_row(
+    family: str, kind: str, reads: int, build: Build
+) -> None:
+    assert build(family, kind, max_tokens=reads).plan.model.max_tokens == reads
 
-    with pytest.raises(ModelError, match=r"cannot read texts of \[model\] max_tokens = 41 tokens"):
-        attach(base_directory, long)
+    with pytest.raises(ModelError, match=rf"cannot read texts of \[model\] max_tokens = {reads + 1} tokens"):
+        build(family, kind, max_tokens=reads + 1)
+
+
+@pytest.mark.parametrize(
+    ("rotation", "most"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, 40),
+        (
+            {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
+                "original_max_position_embeddings": 20,
+            },
+            20,
+        ),
+        ({"rope_type": "linear", "factor": 2.0}, 40),
+    ],
+)
+def test_rotations_that_would_change_with_the_longest_row_are_refused(
+    rotation: dict[str, Any], most: int, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base", "llama", CAUSAL, rope_parameters={"rope_theta": 1e4, **rotation})
+    attach(base, make_plan(base, "llama", CAUSAL, max_tokens=most))
+
+    with pytest.raises(ModelError, match=f"but {most} at most"):
+        attach(base, make_plan(base, "llama", CAUSAL, max_tokens=most + 1))
 
 
 def test_a_directory_with_an_adapter_in_it_is_no_base(tmp_path: Path, base_directory: Path, plan: Plan) -> None:
@@ -303,6 +370,23 @@ def test_weights_missing_outside_the_head_are_refused(tmp_path: Path, base_direc
 
     with pytest.raises(ModelError, match=r"lacks weights outside its head: bert\.pooler\.dense\.weight"):
         attach(copy, fitted)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "lacking"), [("llama", CAUSAL, "lm_head.weight"), ("bert", MASKED, "cls.predictions")]
+)
+def test_a_language_model_without_its_own_head_is_refused(family: str, kind: str, lacking: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", family, TEXT_CLASSES)
+
+    with pytest.raises(ModelError, match=f"lacks weights outside its head: {lacking}"):
+        attach(base, make_plan(base, family, kind))
+
+
+def test_a_task_without_a_head_cannot_train_the_head_alone(families: Path, build: Build) -> None:
+    plan = build("gpt2", CAUSAL).plan
+
+    with pytest.raises(ModelError, match="causal-lm trains no head"):
+        attach(base_of(families, "gpt2", CAUSAL), plan, head_only=True)
 
 
 @pytest.mark.parametrize("content", ["{}", "not json", '{"model_type": "no-such-model"}'])

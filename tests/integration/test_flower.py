@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from confide.client.agent import Agent
+from confide.client.conformance import certify
 from confide.common.errors import RunError
 from confide.common.model import AdaptedModel, attach
 from confide.common.plan import Plan, read_plan
@@ -38,9 +39,9 @@ def plan(text: str) -> Plan:
 
 @pytest.fixture
 def federation(base_directory: Path, plan: Plan, make_examples: MakeExamples) -> Federation:
-    model = attach(base_directory, plan)
+    certificate = certify(attach(base_directory, plan), cached=False)
     sites = {f"clinic-{number}": make_examples(40, seed=number, persons=30) for number in range(3)}
-    return Federation(name="tiny", model=model, sites=sites, cache=None, seed=11, summation="real")
+    return Federation(name="tiny", certificate=certificate, sites=sites, cache=None, seed=11, summation="real")
 
 
 def started(federation: Federation, root: Path, text: str) -> tuple[Run, Mapping[str, Agent], Store, ServerState]:

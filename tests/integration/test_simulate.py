@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+from confide.client.conformance import certify
 from confide.common.messages import vector_digest
 from confide.common.model import attach
 from confide.common.plan import load_plan
@@ -264,9 +265,8 @@ def test_dropouts_are_told_and_void_rounds_leave_the_adapter_as_it_was(
 ) -> None:
     plan = load_plan(plan_file)
     sites = {f"site-{n}": make_examples(20, seed=n) for n in range(4)}
-    federation = Federation(
-        name="tiny", model=attach(base_directory, plan), sites=sites, cache=None, seed=0, summation=summation
-    )
+    certificate = certify(attach(base_directory, plan), cached=False)
+    federation = Federation(name="tiny", certificate=certificate, sites=sites, cache=None, seed=0, summation=summation)
     store, told = Store(tmp_path), list[RoundRecord]()
     run, agents = federation.begin(tmp_path / "sites")
     dropouts = {one: frozenset({"site-1"})} | dict.fromkeys(two, frozenset({"site-1", "site-2"}))
@@ -295,7 +295,14 @@ def test_prefix_cache_and_micro_batch_do_not_change_what_is_learned(
     for micro_batch in (4, 64):
         compute = dataclasses.replace(plan.compute, micro_batch=micro_batch)
         model = attach(base_directory, dataclasses.replace(plan, compute=compute))
-        federation = Federation(name="tiny", model=model, sites=sites, cache=None, seed=0, summation="real")
+        federation = Federation(
+            name="tiny",
+            certificate=certify(model, cached=False),
+            sites=sites,
+            cache=None,
+            seed=0,
+            summation="real",
+        )
         directory = tmp_path / str(micro_batch)
         store = Store(directory)
         start = ServerState.begin(model.start, plan.federation)
@@ -370,8 +377,11 @@ def test_prefix_cache_and_micro_batch_do_not_change_what_is_learned(
         (("simulate", "run", "--resume", "{out}", "--summation", "real"), 2, "leave out --summation"),
         (("simulate", "demo", "nothing"), 2, "no scenario 'nothing'"),
         (("simulate", "demo", "--summation", "odd", "--out", "{out}"), 2, "no summation 'odd'"),
-        (("simulate", "repeat", "messages", "--seeds", "a"), 2, "--seeds"),
-        (("simulate", "repeat", "messages", "--seeds", "1"), 2, "--seeds"),
+        (("simulate", "sweep", "messages", "--seeds", "a"), 2, "--seeds"),
+        (("simulate", "sweep", "messages", "--seeds", "1,1"), 2, "--seeds"),
+        (("simulate", "sweep", "messages", "--data", "{table}"), 2, "brings its model and tables"),
+        (("simulate", "sweep", "{plan}"), 2, "Give --data FILE"),
+        (("simulate", "sweep", "{plan}", "--data", "{table}", "--vary", "epsilon=1"), 2, "section.key="),
     ],
 )  # fmt: skip
 def test_wrong_calls_say_what_is_wrong(
@@ -414,3 +424,27 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(
 
     assert "--resume" in capsys.readouterr().err
     assert files(tmp_path / "run") == before
+
+
+def test_a_sweep_runs_each_combination_once_and_goes_on_where_it_was(
+    tmp_path: Path, plan_file: Path, base_directory: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        *("simulate", "sweep", plan_file, "--model", base_directory, "--data", table, "--out", tmp_path / "sweep"),
+        *("--seeds", "0,1", "--vary", "privacy.rounds=1,2", "--threads", 1, "--json"),
+    ]
+
+    assert run(*words) == 0
+    first = json.loads(capsys.readouterr().out)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("run.json")}
+    assert run(*words) == 0
+    again = json.loads(capsys.readouterr().out)
+
+    assert first == again
+    assert set(first["results"]) == {"rounds=1", "rounds=2"}
+    assert len(before) == 4
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("run.json")}
+    alone = tmp_path / "alone"
+    assert simulate(alone, tmp_path / "sweep/rounds=2/plan.toml", base_directory, table, "--seed", 1, "--no-alone") == 0
+    same = json.loads(capsys.readouterr().out)["scores"]["federated"]
+    assert json.loads((tmp_path / "sweep/rounds=2/seed-1/run.json").read_bytes())["scores"]["federated"] == same

@@ -1,15 +1,20 @@
 """What only a simulation may do: sums that nothing hides, and noise from a seed."""
 
 import dataclasses
+import hashlib
+import json
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies
+from scipy import stats
 
+from confide.client.noise import rounded_gaussian
 from confide.common.errors import MessageError, Refused
 from confide.common.messages import (
     Advertisement,
@@ -35,6 +40,7 @@ from confide.simulations.insecure import InsecurePlainSum, InsecureSeededNoise, 
 RING = RingLayout(length=4, update_bound=1.0, max_sites=8)
 NARROW = RingLayout(length=4, max_sites=8, bits=16, segments=((4, 1.0),))
 ADAPTER = np.zeros(4, np.float32)
+VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "vectors" / "noise.json").read_text())["seeded"]
 
 Answer = Callable[[Message], Message | None]
 
@@ -276,9 +282,9 @@ def test_an_answer_is_let_go_before_the_next_one_is_made(plan: Plan) -> None:
     assert alive == [0] * 8
 
 
-def draws(seed: int, stream: str, number: int) -> tuple[bytes, bytes, bytes]:
+def draws(seed: int, stream: str, number: int) -> tuple[bytes, bytes]:
     noise = InsecureSeededNoise(seed, stream, number)
-    return noise.uniforms(16).tobytes(), noise.gaussian(16).tobytes(), noise.rounding_key()
+    return noise.words(16).tobytes(), noise.rounding_key()
 
 
 def test_seeded_noise_is_equal_on_every_repetition_and_says_that_it_is_insecure() -> None:
@@ -306,20 +312,32 @@ def test_the_rounding_key_has_32_bytes_and_does_not_depend_on_what_was_drawn() -
     noise = InsecureSeededNoise(1, "a", 1)
     before = noise.rounding_key()
 
-    noise.uniforms(3)
+    noise.words(3)
 
     assert len(before) == 32
     assert noise.rounding_key() == before
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "uniforms"])
-def test_seeded_noise_has_the_distribution_it_names(kind: str) -> None:
-    # Kolmogorov-Smirnov at 100,000 draws: the distance exceeds 0.0087 with probability 2·exp(-2·n·D²) < 1e-6.
-    noise, count = InsecureSeededNoise(5, "a", 1), 100_000
+@pytest.mark.parametrize("case", VECTORS["cases"], ids=lambda case: f"{case['deviation']:g}")
+def test_seeded_noise_is_equal_on_every_machine(case: dict[str, Any]) -> None:
+    noise = InsecureSeededNoise(VECTORS["seed"], VECTORS["stream"], VECTORS["round"])
+    again = InsecureSeededNoise(VECTORS["seed"], VECTORS["stream"], VECTORS["round"])
 
-    drawn = np.sort(noise.gaussian(count) if kind == "gaussian" else noise.uniforms(count))
+    drawn = rounded_gaussian(noise, case["deviation"], VECTORS["count"])
 
-    places = drawn if kind == "uniforms" else np.array([math.erfc(-x / math.sqrt(2)) / 2 for x in drawn])
-    assert drawn.dtype == np.float64
-    assert 0 <= places[0] <= places[-1] < 1
-    assert np.abs(places - np.arange(0.5, count) / count).max() < 0.0087
+    assert [f"{word:016x}" for word in again.words(3).tolist()] == VECTORS["words"]
+    assert drawn[:6].tolist() == case["first"]
+    assert hashlib.sha256(drawn.astype("<i8").tobytes()).hexdigest() == case["sha256"]
+    assert f"{noise.words(1)[0]:016x}" == case["after"]
+
+
+def test_seeded_words_are_uniform_and_independent() -> None:
+    """False alarm 1e-6 each: chi-square over 256 equal bins, and the correlation of neighbours, of 100,000 words."""
+    words = InsecureSeededNoise(5, "a", 1).words(100_000)
+
+    places = words / 2.0**64 - 0.5
+    assert words.dtype == np.uint64
+    for shift in (0, 28, 56):
+        counts = np.bincount((words >> np.uint64(shift) & np.uint64(255)).astype(np.int64), minlength=256)
+        assert stats.chisquare(counts).pvalue > 1e-6
+    assert abs(12 * (places[1:] @ places[:-1])) < 4.9 * math.sqrt(len(words))

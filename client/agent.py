@@ -11,6 +11,7 @@ from typing import Protocol
 
 from confide.client.kept import Kept
 from confide.client.mechanism import Mechanism, Randomness, Trainer
+from confide.client.noise import CryptographicNoise
 from confide.client.spends import SpendLog
 from confide.common.crypto import Keystream
 from confide.common.errors import AdapterError, ConfideError, DataError, PrivacyError, Refused
@@ -82,6 +83,11 @@ class Protection(Protocol):
         ...
 
 
+def fresh_noise(_: int) -> Randomness:
+    """Return draws that nobody can predict or repeat, whatever the round."""
+    return CryptographicNoise()
+
+
 class Agent:
     """One site in one run.
 
@@ -92,10 +98,10 @@ class Agent:
         trainer: Holds the model and the site's rows, and trains on them.
         declared_persons: N, the rounded public number of persons that sets the divisor q·N.
         ring: How updates are written as integers.
-        randomness: Gives each round's source of draws.
         protection: What hides the site's vectors.
         spends: The record of what training cost, and of the rounds whose sum was opened.
         kept: Where a round's vector is kept until the round is over; in memory only if absent.
+        randomness: Gives each round's source of draws; fresh ones from the operating system's entropy if absent.
 
     Raises:
         DataError: The site has fewer persons than the plan asks for.
@@ -111,10 +117,10 @@ class Agent:
         trainer: Trainer,
         declared_persons: int,
         ring: RingLayout,
-        randomness: Callable[[int], Randomness],
         protection: Protection,
         spends: SpendLog,
         kept: Kept | None = None,
+        randomness: Callable[[int], Randomness] = fresh_noise,
     ) -> None:
         if min(trainer.person_count, declared_persons) < plan.privacy.min_persons:
             raise DataError(

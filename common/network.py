@@ -57,6 +57,9 @@ def load_base(directory: Path, plan: Plan, dtype: torch.dtype = torch.float32) -
     factory = transformers.AutoModel if mean else getattr(transformers, CLASSES[plan.task.kind])
     config = _config(directory, plan, dropout=False)
     options = _four_bits() if plan.model.quantization == NF4 else {}
+    if dtype == torch.bfloat16 and device(plan).type == "cpu":
+        # On processors the way back through torch's fused attention takes about ten times as long in bfloat16 as in float32.
+        options["attn_implementation"] = "eager"
     try:
         base, info = factory.from_pretrained(
             directory,

@@ -3,115 +3,54 @@
 A logical batch is one step's rows; each row is a person of her own. Ours is a step as the default method `ffa` takes it, in
 which the factors A rest: the clipped sum over the batch, cryptographic noise for each trained number, the division, Adam.
 What a round does once is left out: taking the adapter, drawing the persons, giving the update. A peer's step goes from
-rows to moved weights as well. Both stand at the same numbers, away from the start of a run, where B is zero.
+rows to moved weights as well.
 
 All costs are processor seconds of one thread, taken in one process, the sides in random order. A ratio is one of
 neighbours in time. Memory is taken in a process for each side.
 """
 
-import ctypes
 import dataclasses
-import gc
 import json
 import os
-import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 
-from confide.client.data import read_examples
-from confide.client.gradients import GRID_BITS, PersonGradients
-from confide.client.noise import CryptographicNoise, rounded_gaussian
-from confide.client.tokenizer import load_tokenizer
-from confide.common.base import base_digest
+from confide.client.gradients import PersonGradients
 from confide.common.errors import RunError, UsageError
 from confide.common.examples import Examples, Ints
-from confide.common.model import AdaptedModel, attach
-from confide.common.plan import Plan, load_plan
-from confide.common.prefix import PrefixCache
 from confide.simulations.measurement import Figure, Note, Stopwatch
 from confide.simulations.scenarios import demo_model, scenario
-from confide.simulations.train_peers import LEARNING_RATE, PlainLora, StockOpacus, rows_of, stock_lora
-
-CLIP_NORM, NOISE_MULTIPLIER = 1.0, 1.0
-LARGEST_ERRORS = {"float32": 1e-4, "float64": 1e-6}
-ONE_THREAD = dict.fromkeys(
-    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
+from confide.simulations.train_ground import (
+    CLIP_NORM,
+    FROZEN,
+    NOISE_MULTIPLIER,
+    ONE_THREAD,
+    OURS,
+    PLAIN,
+    Ground,
+    PrivateSteps,
+    Sizes,
+    command,
+    model_and_rows,
+    steps_of,
+    write_adapter,
 )
-_OURS, _PLAIN, _FROZEN = "ours", "plain", "frozen"
+from confide.simulations.train_memory import peak_alone, peaks_are_kept
+from confide.simulations.train_peers import StockOpacus, rows_of, stock_lora
+
+LARGEST_ERRORS = {"float32": 1e-4, "float64": 1e-6}
 _PEERS = {
-    _PLAIN: "peft's LoRA without privacy, A and B trained",
-    _FROZEN: "peft's LoRA without privacy, A frozen as in ours",
+    PLAIN: "peft's LoRA without privacy, A and B trained",
+    FROZEN: "peft's LoRA without privacy, A frozen as in ours",
 }
 _OPACUS = "Opacus with hooks, BatchMemoryManager and dynamic padding"
+_FULL = Sizes()
 _PROBES = 15  # rows whose gradients say where sums are clipped to be compared
-_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """How much is measured; the figures' names stand for these sizes.
-
-    Attributes:
-        logical_batch: Rows of a step.
-        micro_batch: Rows that go through a model at once, ours and a peer's.
-        tokens: Of each row where all have the same length.
-        step_rows: How many rows of the logical batch are timed where private and plain steps are compared.
-        step_pairs: How often these are taken by turns.
-        memory_pairs: How often the memory of these is taken.
-        batch_pairs: How often ours and Opacus take a whole logical batch by turns.
-        pool: How many of the table's rows those batches are drawn from.
-        rank: Of the adapter.
-        away: How far the trained numbers are from a run's start, where B is zero and gradients are special; a standard
-            deviation.
-    """
-
-    logical_batch: int = 256
-    micro_batch: int = 32
-    tokens: int = 128
-    step_rows: int = 32
-    step_pairs: int = 21
-    memory_pairs: int = 5
-    batch_pairs: int = 9
-    pool: int = 2048
-    rank: int = 8
-    away: float = 0.02
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """A clipped sum of ours beside stock Opacus's.
-
-    Attributes:
-        error: The L2 distance of the two over the length of Opacus's.
-        rows: How many rows it is over.
-        clipped: How many of them were scaled down.
-    """
-
-    error: float
-    rows: int
-    clipped: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Ground:
-    """What is trained on what.
-
-    Attributes:
-        base: The base model's directory: a text encoder that transformers classifies with.
-        plan: A plan for text classification; its columns, labels, targets and max_tokens count, its base and privacy don't.
-        data: A table as that plan reads it.
-    """
-
-    base: Path
-    plan: Path
-    data: Path
 
 
 def measure_demo(note: Note, plan: Path | None = None, data: Path | None = None) -> dict[str, Figure]:
@@ -133,7 +72,7 @@ def measure_demo(note: Note, plan: Path | None = None, data: Path | None = None)
         return measure_alone(note, Ground(base=demo_model(), plan=plan, data=data))
 
 
-def measure_alone(note: Note, ground: Ground, sizes: Sizes = Sizes()) -> dict[str, Figure]:
+def measure_alone(note: Note, ground: Ground, sizes: Sizes = _FULL) -> dict[str, Figure]:
     """Return what `measure` does, measured in a process of its own whose libraries have one thread each.
 
     Libraries read how many threads they may have when they are loaded, which here they are already.
@@ -145,7 +84,7 @@ def measure_alone(note: Note, ground: Ground, sizes: Sizes = Sizes()) -> dict[st
         result = Path(folder) / "figures.json"
         said = []
         with subprocess.Popen(  # noqa: S603  these are our own words
-            [*_PYTHON, _ALONE, _words(ground, sizes), str(result)],
+            command(_SCRIPT, ground, sizes, str(result)),
             env=os.environ | ONE_THREAD,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -160,12 +99,12 @@ def measure_alone(note: Note, ground: Ground, sizes: Sizes = Sizes()) -> dict[st
     return {name: Figure(**{**figure, "spread": tuple(figure["spread"])}) for name, figure in figures.items()}
 
 
-_PYTHON = (sys.executable, "-W", "ignore", "-c")
-_ALONE = """
+_SCRIPT = """
 import dataclasses, json, pathlib, sys, torch
-from confide.simulations.train_bench import measure, spelled
+from confide.simulations.train_bench import measure
+from confide.simulations.train_ground import told
 torch.set_num_threads(1)
-figures = measure(lambda line: print(line, file=sys.stderr, flush=True), *spelled(sys.argv[1]))
+figures = measure(lambda line: print(line, file=sys.stderr, flush=True), *told(sys.argv[1]))
 plain = {name: dataclasses.asdict(figure) for name, figure in figures.items()}
 pathlib.Path(sys.argv[2]).write_text(json.dumps(plain))
 """
@@ -192,98 +131,55 @@ def step_figures(note: Note, ground: Ground, sizes: Sizes) -> dict[str, Figure]:
     so it is amortised over the logical batch.
     """
     rows, share = np.arange(sizes.step_rows), sizes.logical_batch / sizes.step_rows
-    found: dict[str, list[float]] = {name: [] for name in (_OURS, *_PEERS)}
+    found: dict[str, list[float]] = {side: [] for side in (OURS, *_PEERS)}
     with tempfile.TemporaryDirectory() as adapter:
         write_adapter(ground, sizes, Path(adapter))
-        sides = {name: _side(name, ground, sizes, Path(adapter)) for name in found}
-        for number in range(sizes.step_pairs + 1):
-            if number:  # the one before the first is for warming up
-                note(
-                    f"Pair {number} of {sizes.step_pairs}: steps with and without privacy, {sizes.tokens} tokens a row"
-                )
-            for name in np.random.default_rng().permutation(list(found)):
-                through, move = Stopwatch(), Stopwatch()
-                with through:
-                    sides[name].through(rows)
-                with move:
-                    sides[name].move()
-                if number:
-                    found[name].append(share * through.seconds + move.seconds)
+        sides = {side: steps_of(side, ground, sizes, Path(adapter)) for side in found}
+    for steps in sides.values():  # the first of each is for warming up
+        steps.through(rows)
+        steps.move()
+    for number in range(1, sizes.step_pairs + 1):
+        note(f"Pair {number} of {sizes.step_pairs}: steps with and without privacy, {sizes.tokens} tokens a row")
+        for side in np.random.default_rng().permutation(list(found)):
+            through, move = Stopwatch(), Stopwatch()
+            with through:
+                sides[side].through(rows)
+            with move:
+                sides[side].move()
+            found[side].append(share * through.seconds + move.seconds)
     return _over_peers("step_over_nonprivate", found)
 
 
 def memory_figures(note: Note, ground: Ground, sizes: Sizes) -> dict[str, Figure]:
     """Return the peak memory of private steps over that of plain ones, each above what the loaded model takes.
 
-    Every peak is of a process of its own, by its kernel's own count of resident memory; so this needs Linux.
+    Every peak is of a process of its own, and only Linux keeps it; elsewhere there are no such figures.
 
     Raises:
         RunError: Such a process failed.
     """
-    if not _CLEAR_REFS.exists():
+    if not peaks_are_kept():
         note("Only Linux keeps the peak of resident memory that is needed here; the figures of memory are left out.")
         return {}
-    found: dict[str, list[float]] = {name: [] for name in (_OURS, *_PEERS)}
+    found: dict[str, list[float]] = {side: [] for side in (OURS, *_PEERS)}
     with tempfile.TemporaryDirectory() as adapter:
         write_adapter(ground, sizes, Path(adapter))
         for number in range(1, sizes.memory_pairs + 1):
             note(f"Pair {number} of {sizes.memory_pairs}: peak memory with and without privacy, a process each")
-            for name in np.random.default_rng().permutation(list(found)):
-                done = subprocess.run(  # noqa: S603  these are our own words
-                    [*_PYTHON, _MEMORY, _words(ground, sizes), str(name), adapter],
-                    env=os.environ | ONE_THREAD,
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
-                if done.returncode != 0:
-                    raise RunError(
-                        f"The process that measures memory ended with {done.returncode}: {done.stderr[-500:]}"
-                    )
-                found[name].append(float(done.stdout.splitlines()[-1]))
+            for side in np.random.default_rng().permutation(list(found)):
+                found[side].append(peak_alone(str(side), ground, sizes, Path(adapter)))
     return _over_peers("memory_over_nonprivate", found)
-
-
-_MEMORY = """
-import pathlib, sys, torch
-from confide.simulations.train_bench import peak_bytes, spelled
-torch.set_num_threads(1)
-print(peak_bytes(sys.argv[2], *spelled(sys.argv[1]), pathlib.Path(sys.argv[3])))
-"""
-
-
-def peak_bytes(name: str, ground: Ground, sizes: Sizes, adapter: Path) -> int:
-    """Return how far the memory of this process rises in two steps of `step_rows` rows above what it was before them.
-
-    A step on two rows is taken first and does not count: after it the libraries' code is resident, and so is what an
-    optimizer keeps.
-    """
-    side = _side(name, ground, sizes, adapter)
-    side.through(np.arange(2))
-    side.move()
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # else steps would fill, unseen, what loading took and gave back
-    before = _status_bytes("VmRSS")
-    _CLEAR_REFS.write_text("5")  # the peak begins anew from here (man 5 proc)
-    for _ in range(2):
-        side.through(np.arange(sizes.step_rows))
-        side.move()
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(key: str) -> int:
-    found = re.search(rf"^{key}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
-    if found is None:
-        raise RunError(f"{_STATUS} does not say {key}; peak memory cannot be measured on this system.")
-    return int(found[1]) * 1024
 
 
 def _over_peers(name: str, found: dict[str, list[float]]) -> dict[str, Figure]:
     return {
-        name: Figure.of(_ratios(found[_OURS], found[_PLAIN]), "x", _PEERS[_PLAIN]),
-        f"{name}_same_factors": Figure.of(_ratios(found[_OURS], found[_FROZEN]), "x", _PEERS[_FROZEN]),
+        name: Figure.of(_ratios(found[OURS], found[PLAIN]), "x", _PEERS[PLAIN]),
+        f"{name}_same_factors": Figure.of(_ratios(found[OURS], found[FROZEN]), "x", _PEERS[FROZEN]),
     }
+
+
+def _ratios(upper: Sequence[float], lower: Sequence[float]) -> list[float]:
+    return [above / below for above, below in zip(upper, lower, strict=True)]
 
 
 def batch_figures(note: Note, ground: Ground, sizes: Sizes) -> dict[str, Figure]:
@@ -322,6 +218,21 @@ def _checked(note: Note, ground: Ground, sizes: Sizes, dtype: str, *, half: bool
     return found.error
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A clipped sum of ours beside stock Opacus's.
+
+    Attributes:
+        error: The L2 distance of the two over the length of Opacus's.
+        rows: How many rows it is over.
+        clipped: How many of them were scaled down.
+    """
+
+    error: float
+    rows: int
+    clipped: int
+
+
 def compare_sums(ground: Ground, sizes: Sizes, dtype: str, *, half: bool) -> Comparison:
     """Return how our clipped sum over one logical batch differs from Opacus's.
 
@@ -335,8 +246,9 @@ def compare_sums(ground: Ground, sizes: Sizes, dtype: str, *, half: bool) -> Com
         half: Whether adapters are in the top half of the layers only, and ours has the layers below cached.
     """
     precision: torch.dtype = getattr(torch, dtype)
+    batch_only = dataclasses.replace(sizes, pool=sizes.logical_batch)  # nothing is computed for rows not compared
     with tempfile.TemporaryDirectory() as adapter:
-        model, pool, cache = _table(ground, sizes, Path(adapter), precision, half=half)
+        model, pool, cache = model_and_rows(ground, batch_only, Path(adapter), precision, half=half)
         labels = len(model.plan.task.labels)
         peer = stock_lora(ground.base, Path(adapter), labels=labels, train_a=False, dtype=precision)
     drawn = _draw(pool, sizes, np.random.default_rng(2))  # the same rows each time, so that the error is too
@@ -354,7 +266,7 @@ def compare_sums(ground: Ground, sizes: Sizes, dtype: str, *, half: bool) -> Com
 
 def _speedups(note: Note, ground: Ground, sizes: Sizes, *, half: bool) -> list[float]:
     with tempfile.TemporaryDirectory() as adapter:
-        model, pool, cache = _table(ground, sizes, Path(adapter), torch.float32, half=half)
+        model, pool, cache = model_and_rows(ground, sizes, Path(adapter), torch.float32, half=half)
         peer = stock_lora(ground.base, Path(adapter), labels=len(model.plan.task.labels), train_a=False)
     ours = PrivateSteps(model, pool, cache, sizes.micro_batch)
     opacus = StockOpacus(
@@ -365,167 +277,19 @@ def _speedups(note: Note, ground: Ground, sizes: Sizes, *, half: bool) -> list[f
         ours.through(rows)
         ours.move()
 
+    sides = (our_step, opacus.step)
+    for step in sides:  # one micro-batch is enough for warming up
+        step(_draw(pool, sizes, np.random.default_rng())[: sizes.micro_batch])
     ratios = []
-    for number in range(sizes.batch_pairs + 1):
-        if number:  # the one before the first is for warming up
-            note(f"Pair {number} of {sizes.batch_pairs}: batches of the table, adapters in {_layers(half=half)}")
+    for number in range(1, sizes.batch_pairs + 1):
+        note(f"Pair {number} of {sizes.batch_pairs}: batches of the table, adapters in {_layers(half=half)}")
         drawn = _draw(pool, sizes, np.random.default_rng())
-        watches = {our_step: Stopwatch(), opacus.step: Stopwatch()}
-        turns = list(watches.items())
-        for turn in np.random.default_rng().permutation(len(turns)):
-            step, watch = turns[turn]
-            with watch:
-                step(drawn)
-        if number:
-            ratios.append(watches[opacus.step].seconds / watches[our_step].seconds)
+        watches = [Stopwatch() for _ in sides]
+        for turn in np.random.default_rng().permutation(len(sides)):
+            with watches[turn]:
+                sides[turn](drawn)
+        ratios.append(watches[1].seconds / watches[0].seconds)
     return ratios
-
-
-class Steps(Protocol):
-    """A side whose steps are timed."""
-
-    def through(self, rows: Ints) -> None:
-        """Add these rows' gradients to the logical batch."""
-        ...
-
-    def move(self) -> None:
-        """Move the weights and begin a new logical batch."""
-        ...
-
-
-class PrivateSteps:
-    """The product's private steps, each row a person of her own.
-
-    Args:
-        model: The base model with the adapter.
-        examples: The rows.
-        cache: Their frozen prefix, if it is computed.
-        micro_batch: Rows that go through the model at once.
-    """
-
-    def __init__(self, model: AdaptedModel, examples: Examples, cache: PrefixCache | None, micro_batch: int) -> None:
-        self._model = model
-        self._gradients = PersonGradients(model, examples, cache=cache, micro_batch=micro_batch)
-        self._optimizer = torch.optim.Adam(model.trainable.values(), lr=LEARNING_RATE)
-        self._randomness = CryptographicNoise()
-        self._sum = np.zeros(model.layout.length)
-        self._rows = 0
-
-    def through(self, rows: Ints) -> None:
-        """Add the clipped gradients of these rows, given by number."""
-        self._sum += self._gradients.clipped_sum(rows, CLIP_NORM).values
-        self._rows += len(rows)
-
-    def move(self) -> None:
-        """Add noise, divide, take Adam's step and begin a new batch."""
-        steps = rounded_gaussian(self._randomness, NOISE_MULTIPLIER * 2**GRID_BITS, len(self._sum))
-        noise = steps * (CLIP_NORM / 2**GRID_BITS)
-        gradient = ((self._sum + noise) / self._rows).astype(np.float32)
-        for name, part in self._model.layout.split(gradient).items():
-            parameter = self._model.trainable[name]
-            parameter.grad = torch.from_numpy(np.ascontiguousarray(part)).to(parameter)
-        self._optimizer.step()
-        self._sum[:], self._rows = 0, 0
-
-
-def _side(name: str, ground: Ground, sizes: Sizes, adapter: Path) -> Steps:
-    """Return ours or a plain peer, on rows of one length, at the numbers that `write_adapter` wrote."""
-    plan = bench_plan(ground, sizes, max_tokens=sizes.tokens, half=False)
-    labels = len(plan.task.labels)
-    rows = even_rows(sizes.step_rows, sizes.tokens, labels=labels, words=_config(ground)["vocab_size"])
-    if name != _OURS:
-        network = stock_lora(ground.base, adapter, labels=labels, train_a=name == _PLAIN)
-        return PlainLora(network, rows_of(rows), sizes.micro_batch)
-    model = attach(ground.base, plan)
-    model.write(model.import_exported(adapter))
-    return PrivateSteps(model, rows, None, sizes.micro_batch)
-
-
-def write_adapter(ground: Ground, sizes: Sizes, directory: Path) -> None:
-    """Write the adapter that steps on rows of one length begin with, as peft reads it."""
-    _begin(ground, sizes, bench_plan(ground, sizes, max_tokens=sizes.tokens, half=False), directory, torch.float32)
-
-
-def _table(
-    ground: Ground, sizes: Sizes, adapter: Path, dtype: torch.dtype, *, half: bool
-) -> tuple[AdaptedModel, Examples, PrefixCache | None]:
-    """Return the model, rows of the table and, with the top half adapted, their cache; write the adapter for the peer."""
-    plan = bench_plan(ground, sizes, max_tokens=None, half=half)
-    model = _begin(ground, sizes, plan, adapter, dtype)
-    examples = read_examples(ground.data, plan, load_tokenizer(ground.base)).examples
-    pool = examples.subset(np.random.default_rng(0).permutation(len(examples))[: sizes.pool])
-    pool = dataclasses.replace(pool, persons=np.arange(len(pool)))
-    cache = PrefixCache(model) if half else None
-    if cache:
-        for _ in cache.add(pool):
-            pass
-    return model, pool, cache
-
-
-def _begin(ground: Ground, sizes: Sizes, plan: Plan, adapter: Path, dtype: torch.dtype) -> AdaptedModel:
-    """Return the model away from its start, and write its adapter for the peers."""
-    model = attach(ground.base, plan, dtype=dtype)
-    away = np.random.default_rng(0).normal(0, sizes.away, model.layout.length)
-    vector = (model.start + away).astype(np.float32)
-    model.export(vector, adapter)
-    model.write(vector)
-    return model
-
-
-def bench_plan(ground: Ground, sizes: Sizes, *, max_tokens: int | None, half: bool) -> Plan:
-    """Return the ground's plan for its base, without mean pooling, which transformers has no class for.
-
-    Args:
-        ground: What is trained on what.
-        sizes: The rank and the micro-batch.
-        max_tokens: How many tokens of a row are read; as the plan says if None.
-        half: Whether adapters are in the top half of the layers only.
-
-    Raises:
-        UsageError: The plan is not for text classification.
-    """
-    plan = load_plan(ground.plan)
-    if plan.task.kind != "text-classification":
-        raise UsageError(f"bench train compares text classification; {ground.plan} is for {plan.task.kind}.")
-    depth = _config(ground)["num_hidden_layers"]
-    return dataclasses.replace(
-        plan,
-        model=dataclasses.replace(
-            plan.model,
-            base_digest=base_digest(ground.base),
-            max_tokens=max_tokens or plan.model.max_tokens,
-            pooling="own",
-        ),
-        adapter=dataclasses.replace(
-            plan.adapter,
-            method="ffa",
-            rank=sizes.rank,
-            targets=("query", "value"),
-            top_layers=depth // 2 if half else 0,
-        ),
-        compute=dataclasses.replace(plan.compute, device="cpu", micro_batch=sizes.micro_batch),
-    )
-
-
-def _config(ground: Ground) -> dict[str, int]:
-    config: dict[str, int] = json.loads((ground.base / "config.json").read_bytes())
-    return config
-
-
-def even_rows(count: int, tokens: int, *, labels: int, words: int) -> Examples:
-    """Return rows that all have so many tokens, drawn with their classes by a fixed seed."""
-    random = np.random.default_rng(1)
-    starts, lengths = np.arange(count) * tokens, np.full(count, tokens)
-    return Examples(
-        tokens=[random.integers(1, words, count * tokens).astype(np.int32)],
-        store=np.zeros(count, np.int64),
-        starts=starts,
-        lengths=lengths,
-        second=lengths.copy(),
-        labels=random.integers(0, labels, count),
-        persons=np.arange(count),
-        pad_token=0,
-    )
 
 
 def _draw(pool: Examples, sizes: Sizes, random: np.random.Generator) -> Ints:
@@ -535,18 +299,3 @@ def _draw(pool: Examples, sizes: Sizes, random: np.random.Generator) -> Ints:
 
 def _layers(*, half: bool) -> str:
     return "the top half of the layers" if half else "all layers"
-
-
-def _ratios(upper: Sequence[float], lower: Sequence[float]) -> list[float]:
-    return [above / below for above, below in zip(upper, lower, strict=True)]
-
-
-def _words(ground: Ground, sizes: Sizes) -> str:
-    paths = {name: str(path.resolve()) for name, path in dataclasses.asdict(ground).items()}
-    return json.dumps({"ground": paths, "sizes": dataclasses.asdict(sizes)})
-
-
-def spelled(words: str) -> tuple[Ground, Sizes]:
-    """Return the ground and the sizes that a process of ours was told in its arguments."""
-    told = json.loads(words)
-    return Ground(**{name: Path(path) for name, path in told["ground"].items()}), Sizes(**told["sizes"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 import subprocess
 import sys
@@ -565,3 +566,12 @@ def test_the_agent_loads_no_torch() -> None:
     code = "import sys, confide.client.agent; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_site_draws_what_nobody_can_repeat_unless_it_is_told_otherwise() -> None:
+    parameter = inspect.signature(Agent).parameters["randomness"].default
+
+    first, second = parameter(1), parameter(1)
+
+    assert first.name == "cryptographic"
+    assert (first.words(4) != second.words(4)).all()

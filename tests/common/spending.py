@@ -1,11 +1,13 @@
 """Spends and a plan to count with, and the library's own answer to compare with."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from confide.client.spends import SpendLog
 from confide.common.plan import Privacy
 from confide.common.renyi import RDP_ORDERS
 from confide.common.spend import Spend
@@ -32,6 +34,17 @@ def many_unlike() -> list[Spend]:
     """A hundred thousand spends of 701 mechanisms."""
     unlike = [spend(0.001, 0.7 + number / 1000, 1) for number in range(701)]
     return [unlike[number % 701] for number in range(100_000)]
+
+
+def spent_file(folder: Path, one: Spend, rounds: int) -> Path:
+    """The record of a site that went through so many rounds of this spend."""
+    path = folder / "north.jsonl"
+    log = SpendLog(path)
+    for number in range(1, rounds + 1):
+        log.reserve(dataclasses.replace(one, round=number), "sha256:" + "0" * 64)
+        log.bind(number, "sha256:" + "1" * 64)
+        log.open(number)
+    return path
 
 
 def library_epsilon(rate: float, noise: float, steps: int, delta: float, orders: tuple[int, ...] = RDP_ORDERS) -> float:

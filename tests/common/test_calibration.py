@@ -14,13 +14,12 @@ from confide.common.renyi import rdp_check
 from tests.common.spending import PRIVACY, spend
 
 
-# Here the older calibration failed or gave one unit too much: few steps at a small rate, long runs at a tiny delta.
+# Where a search by ratios alone goes wrong: few steps at a small rate, long runs at a tiny delta.
 @pytest.mark.parametrize(
     ("epsilon", "delta", "rate", "steps"),
     [
         (8.0, 1e-5, 0.1, 40),
         (1.0, 1e-6, 0.001, 40),
-        (1.0, 1e-6, 0.001, 1000),
         (0.1, 1e-6, 0.1, 1),
         (0.1, 1e-12, 0.1, 1000),
         (1.0, 1e-12, 1.0, 1),
@@ -57,9 +56,7 @@ def test_the_noise_multiplier_of_the_starter_is_pinned() -> None:
 
 
 def test_the_noise_multiplier_never_falls_below_a_tenth() -> None:
-    loose = dataclasses.replace(
-        PRIVACY, epsilon=100.0, delta=0.01, sampling_rate=0.001, steps_per_round=1, rounds=1
-    )
+    loose = dataclasses.replace(PRIVACY, epsilon=100.0, delta=0.01, sampling_rate=0.001, steps_per_round=1, rounds=1)
 
     assert noise_multiplier(loose) == 0.1
 

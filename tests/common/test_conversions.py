@@ -1,24 +1,30 @@
 """Conversions: what a run costs if something else is compared."""
 
+import functools
+
 import pytest
 
 from confide.common.accounting import cost
 from confide.common.conversions import replace_one_cost, several_rows_cost, several_sites_cost
 from tests.common.spending import spend
 
-# By the same library, put together by hand: q = 0.01, σ = 1, 1000 steps, delta 1e-5 (PLD).
-BASE = [(0.01, 1.0, 1000)]
+RUN = [spend(0.1, 0.7688, 40)]
+
+
+@functools.cache
+def cost_of_rows(rows: int) -> float:
+    """What the run costs somebody with so many rows; most of a second each."""
+    return several_rows_cost(RUN, 1e-5, rows)
 
 
 def test_conversions_are_those_of_the_library() -> None:
-    one = [spend(*BASE[0])]
-
-    assert cost(one, 1e-5).declared == pytest.approx(1.83, abs=0.01)
-    assert replace_one_cost(one, 1e-5) == pytest.approx(2.84, abs=0.01)
-    assert several_sites_cost(one, 1e-5, 2).declared == pytest.approx(2.59, abs=0.01)
-    assert several_sites_cost(one, 1e-5, 3).declared == pytest.approx(3.19, abs=0.01)
-    assert several_rows_cost(one, 1e-5, 2) == pytest.approx(3.98, abs=0.01)
-    assert several_rows_cost(one, 1e-5, 3) == pytest.approx(6.34, abs=0.01)
+    # By the same library (PLD), put together by hand: an accountant with the neighbouring relation and the event.
+    assert cost(RUN, 1e-5).declared == pytest.approx(8.00, abs=0.01)
+    assert replace_one_cost(RUN, 1e-5) == pytest.approx(9.90, abs=0.01)
+    assert several_sites_cost(RUN, 1e-5, 2).declared == pytest.approx(10.76, abs=0.01)
+    assert several_sites_cost(RUN, 1e-5, 3).declared == pytest.approx(13.02, abs=0.01)
+    assert cost_of_rows(2) == pytest.approx(17.86, abs=0.01)
+    assert cost_of_rows(3) == pytest.approx(29.03, abs=0.01)
 
 
 def test_without_sampling_conversions_are_those_of_the_gaussian() -> None:
@@ -31,11 +37,11 @@ def test_without_sampling_conversions_are_those_of_the_gaussian() -> None:
 
 
 def test_several_rows_of_one_person_cost_more_than_as_many_times_epsilon() -> None:
-    one = [spend(0.1, 0.7688, 40)]
+    alone = cost(RUN, 1e-5).declared
 
-    alone = cost(one, 1e-5).declared
-    assert several_rows_cost(one, 1e-5, 1) == pytest.approx(alone, rel=1e-3)
-    assert several_rows_cost(one, 1e-5, 2) > 2 * alone
+    assert cost_of_rows(1) == pytest.approx(alone, rel=1e-3)
+    assert cost_of_rows(2) > 2 * alone
+    assert cost_of_rows(3) > 3 * alone
 
 
 def test_conversions_of_nothing_cost_nothing() -> None:

@@ -18,6 +18,7 @@ from confide.common.explain import explain
 from confide.common.filter import Filter, order_for
 from confide.common.plan import Plan, load_plan
 from confide.common.spend import read_spent
+from tests.common.spending import spent_file
 from tests.conftest import run
 
 DEMO = Path(__file__).parents[2] / "simulations" / "messages.toml"
@@ -55,8 +56,10 @@ def test_budget_in_words_has_a_table_and_conversions(capsys: pytest.CaptureFixtu
 
     told = capsys.readouterr().out
     assert re.search(r"^ +10 +40 +8\.000 +9\.718 *$", told, re.MULTILINE)
-    assert "9.897  a row replaced by another" in told
-    assert "ask with --rows-per-person K" in told
+    assert re.search(r"^ +8\.000  a row replaced by nothing, as above$", told, re.MULTILINE)
+    assert re.search(r"^ +9\.897  a row replaced by another row$", told, re.MULTILINE)
+    assert "?  somebody with several rows: ask with --rows-per-person K" in told
+    assert all(line == line.rstrip() for line in told.splitlines())
 
 
 def test_another_epsilon_tells_the_noise_it_needs(demo: Plan, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,15 +80,19 @@ def test_another_noise_tells_what_it_costs(demo: Plan, capsys: pytest.CaptureFix
     assert answer["epsilon"]["declared"] == cost([planned_spend(demo.privacy, 10, 1.5)], 1e-5).declared
 
 
-def test_other_rounds_steps_and_rates_keep_epsilon_and_change_the_noise(capsys: pytest.CaptureFixture[str]) -> None:
-    more = asked(capsys, "--rounds", 20)
-    bigger = asked(capsys, "--steps", 8, "--sampling-rate", 0.05)
+def test_other_rounds_steps_and_rates_keep_epsilon_and_change_the_noise(
+    demo: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fewer = what_if(demo, rounds=5)
+    denser = asked(capsys, "--rounds", 5, "--steps", 8, "--sampling-rate", 0.2)
 
-    assert more["changed"]["rounds"] == {"plan": 10, "here": 20}
-    assert more["noise_multiplier"] > 0.7688
-    assert more["epsilon"]["declared"] <= 8
-    assert (bigger["steps_per_round"], bigger["sampling_rate"]) == (8, 0.05)
-    assert bigger["noise_multiplier"] < 0.7688
+    assert fewer.changed[0] == ("rounds", 10.0, 5.0)
+    assert fewer.noise < 0.7688
+    assert fewer.cost().declared <= 8
+    assert (denser["rounds"], denser["steps_per_round"], denser["sampling_rate"]) == (5, 8, 0.2)
+    assert denser["changed"]["steps_per_round"] == {"plan": 4.0, "here": 8.0}
+    assert denser["noise_multiplier"] > 0.7688
+    assert denser["epsilon"]["declared"] <= 8
 
 
 def test_the_rounds_a_budget_leaves_are_those_a_filter_lets_through(demo: Plan) -> None:
@@ -102,7 +109,7 @@ def test_the_rounds_a_budget_leaves_are_those_a_filter_lets_through(demo: Plan) 
     assert answer.spends == 3
 
 
-@pytest.mark.parametrize("budget", [3.0, 8.0, 12.0, 40.0])
+@pytest.mark.parametrize("budget", [3.0, 8.0, 20.0])
 @pytest.mark.parametrize("before", [0, 2])
 def test_the_rounds_left_if_fixed_in_advance_are_the_most_that_fit(demo: Plan, budget: float, before: int) -> None:
     spent = [planned_spend(demo.privacy)] * before
@@ -121,65 +128,18 @@ def test_a_budget_that_is_overspent_leaves_nothing(capsys: pytest.CaptureFixture
     assert run("plan", "budget", DEMO, "--budget", 2, "--spent-rounds", 5) == 0
 
     told = " ".join(capsys.readouterr().out.split())
-    assert "which is more than the budget" in told
-    assert "0 rounds of this plan can follow" in told
-
-
-def spent_file(folder: Path, plan: Plan, rounds: int) -> Path:
-    path = folder / "north.jsonl"
-    log = SpendLog(path)
-    for number in range(1, rounds + 1):
-        log.reserve(dataclasses.replace(planned_spend(plan.privacy), round=number), "sha256:" + "0" * 64)
-        log.bind(number, "sha256:" + "1" * 64)
-        log.open(number)
-    return path
+    assert re.search(r"5 rounds spent before; they have used [\d.]+ of 2, which is more than the budget\.", told)
+    assert "0 more rounds like these can follow" in told
 
 
 def test_a_sites_record_of_spends_is_read_as_the_site_reads_it(
     demo: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = spent_file(tmp_path, demo, 3)
+    path = spent_file(tmp_path, planned_spend(demo.privacy), 3)
 
     assert read_spent(path) == SpendLog(path).spends
     by_file = asked(capsys, "--budget", 12, "--spent", path)
     assert by_file["left"] == asked(capsys, "--budget", 12, "--spent-rounds", 3)["left"]
-
-
-def test_a_torn_last_line_never_happened_unless_it_lacks_only_its_end(demo: Plan, tmp_path: Path) -> None:
-    path = spent_file(tmp_path, demo, 2)
-    whole = path.read_bytes()
-    extra = dataclasses.replace(planned_spend(demo.privacy), round=3)
-    SpendLog(path).reserve(extra, "sha256:" + "0" * 64)
-    longer = path.read_bytes()
-
-    for cut, rounds in ((len(whole) + 20, 2), (len(longer) - 1, 3), (len(longer), 3)):
-        path.write_bytes(longer[:cut])
-        assert len(read_spent(path)) == rounds
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda raw: raw.replace(b'"steps":4', b'"steps":0', 1),
-        lambda raw: raw.replace(b'"steps":4', b'"steps":4.0', 1),
-        lambda raw: raw.replace(b'"round":1', b'"round":true', 1),
-        lambda raw: raw.replace(b'"round":2', b'"round":1'),
-        lambda raw: raw.replace(b'"sampling_rate":0.1', b'"sampling_rate":"0.1"', 1),
-        lambda raw: raw.replace(b'"noise_multiplier":', b'"noise_multiplier": ', 1),
-        lambda raw: raw.replace(b"confide-spend/1", b"confide-spend/2", 1),
-        lambda raw: b"\n" + raw,
-        lambda raw: b"[]\n" + raw,
-        lambda raw: raw[1:],
-    ],
-)
-def test_a_damaged_record_of_spends_is_refused(spoil: Any, demo: Plan, tmp_path: Path) -> None:
-    path = spent_file(tmp_path, demo, 2)
-    spoiled = spoil(path.read_bytes())
-    assert spoiled != path.read_bytes()
-    path.write_bytes(spoiled)
-
-    with pytest.raises(PrivacyError, match=r"Line \d of the spend record .* is damaged"):
-        read_spent(path)
 
 
 @pytest.mark.parametrize(
@@ -211,18 +171,26 @@ def test_what_cannot_be_asked_is_refused_in_words(
     assert says in capsys.readouterr().err
 
 
-def test_a_noise_too_small_to_certify_is_told_as_such(capsys: pytest.CaptureFixture[str]) -> None:
-    answer = asked(capsys, "--noise", 0.001)
+def test_a_noise_too_small_to_certify_is_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure = tmp_path / "epsilon.svg"
 
-    assert answer["course"][-1]["pld"] is None
+    answer = asked(capsys, "--noise", 1e-7, "--budget", 12, "--figure", figure)
+
+    assert answer["course"][-1] == {"round": 10, "pld": None, "rdp": None}
     assert answer["conversions"]["replace_one"] is None
+    assert answer["left"]["rounds"] == answer["left"]["declared_rounds"] == 0
+    assert answer["left"]["course"] == [None] * 10
+    assert figure.exists()
 
 
-def test_several_rows_of_one_person_are_told_on_request(capsys: pytest.CaptureFixture[str]) -> None:
-    told = asked(capsys, "--rows-per-person", 2)["conversions"]["rows_per_person"]
+def test_several_rows_of_one_person_are_told_on_request(demo: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = asked(capsys, "--sampling-rate", 1, "--noise", 20, "--rounds", 1, "--rows-per-person", 2)
 
+    told = answer["conversions"]["rows_per_person"]
+    everybody = dataclasses.replace(demo.privacy, sampling_rate=1.0)
+    # Without sampling, two rows move the sum by two clip norms, which is as if there were half the noise.
     assert told["rows"] == 2
-    assert told["epsilon"] == pytest.approx(17.86, abs=0.02)
+    assert told["epsilon"] == pytest.approx(cost([planned_spend(everybody, 1, 10.0)], 1e-5).pld, rel=0.01)
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
@@ -282,15 +250,15 @@ def test_explain_of_persons_says_what_belongs_together(demo: Plan) -> None:
 
 
 def test_explain_leaves_conversions_of_long_runs_to_budget(demo: Plan) -> None:
-    long = dataclasses.replace(demo, privacy=dataclasses.replace(demo.privacy, rounds=1000))
+    long = dataclasses.replace(demo, privacy=dataclasses.replace(demo.privacy, epsilon=1.0, rounds=501))
 
     sections = dict(explain(long))
 
     assert "confide plan budget PLAN" in sections["What else it would cost"][0]
 
 
-def test_explain_with_a_model_counts_its_trained_numbers(plan_file: Path, base_directory: Path) -> None:
-    plan = load_plan(plan_file)
+def test_explain_with_a_model_counts_its_trained_numbers(demo: Plan, plan: Plan, base_directory: Path) -> None:
+    plan = dataclasses.replace(plan, privacy=demo.privacy)
 
     told = dict(explain(plan, base_directory))["What is to be expected"][0]
 

@@ -18,23 +18,18 @@ from confide.client.gradients import PersonGradients
 from confide.common.errors import RunError, UsageError
 from confide.common.examples import Examples, Ints
 from confide.common.model import AdaptedModel, attach
-from confide.simulations import bench, train_bench
+from confide.simulations import bench, train_bench, train_ground, train_memory
 from confide.simulations.measurement import Figure
 from confide.simulations.train_bench import (
     LARGEST_ERRORS,
-    Ground,
-    PrivateSteps,
-    Sizes,
     batch_figures,
-    bench_plan,
     compare_sums,
-    even_rows,
     measure_alone,
     measure_demo,
-    peak_bytes,
     step_figures,
-    write_adapter,
 )
+from confide.simulations.train_ground import Ground, PrivateSteps, Sizes, bench_plan, even_rows, write_adapter
+from confide.simulations.train_memory import peak_bytes
 from confide.simulations.train_peers import LEARNING_RATE, PlainLora, padded, rows_of, stock_lora
 
 TINY = Sizes(
@@ -140,7 +135,9 @@ def test_a_private_step_is_adams_with_the_clipped_sum_and_noise_over_the_rows(
 ) -> None:
     begun = model.read()
     noise = np.random.default_rng(0).normal(0, 1, model.layout.length)
-    monkeypatch.setattr(train_bench, "rounded_gaussian", lambda _, deviation, count: np.rint(deviation * noise[:count]))
+    monkeypatch.setattr(
+        train_ground, "rounded_gaussian", lambda _, deviation, count: np.rint(deviation * noise[:count])
+    )
     total = PersonGradients(model, rows, micro_batch=5).clipped_sum(np.arange(12), 1.0).values
     expected = torch.nn.Parameter(torch.from_numpy(begun.copy()))
     expected.grad = torch.from_numpy(((total + noise) / 12).astype(np.float32))
@@ -183,7 +180,7 @@ def test_the_peak_holds_what_a_step_takes_and_not_what_was_taken_before(
         def move(self) -> None:
             pass
 
-    monkeypatch.setattr(train_bench, "_side", lambda *_: Hungry())
+    monkeypatch.setattr(train_memory, "steps_of", lambda *_: Hungry())
     np.ones(40 << 20)
 
     peak = peak_bytes("ours", ground, dataclasses.replace(TINY, step_rows=6), Path())

@@ -97,8 +97,8 @@ def test_check_lists_every_fault(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "epsilon = -1",
         "delta = ",
         "[privacy] lacks 'rounds'",
-        "[task] lacks 'labels'",
-        "[data] lacks 'label'",
+        "[model] lacks 'base_digest'",
+        "[adapter] lacks 'targets'",
     ):
         assert fragment in told
 

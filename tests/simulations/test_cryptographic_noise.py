@@ -21,7 +21,7 @@ def result(directory: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_run_with_cryptographic_noise_is_not_weakened_and_never_the_same_twice(
+def test_a_run_with_cryptographic_noise_is_never_the_same_twice_and_weakened_by_its_one_process_only(
     tmp_path: Path, plan_file: Path, base_directory: Path, table: Path
 ) -> None:
     for name in ("one", "two"):
@@ -29,9 +29,9 @@ def test_a_run_with_cryptographic_noise_is_not_weakened_and_never_the_same_twice
 
     one, two = result(tmp_path / "one"), result(tmp_path / "two")
     manifest = json.loads((tmp_path / "one" / "adapter" / "manifest.json").read_bytes())
-    assert one["weakened_by"] == manifest["weakened_by"] == []
+    assert one["weakened_by"] == manifest["weakened_by"] == ["insecure_one_process"]
     assert {claim["noise"] for claim in manifest["claims"].values()} == {"cryptographic"}
-    assert "insecure" not in (tmp_path / "one" / "adapter" / "README.md").read_text()
+    assert "insecure_seeded_noise" not in (tmp_path / "one" / "adapter" / "README.md").read_text()
     assert one["setting"]["noise"] == "cryptographic"
     assert one["epsilon"] == two["epsilon"]
     adapters = [record["adapter"] for done in (one, two) for record in done["round_records"]]

@@ -9,10 +9,13 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
+
 from confide.client.kept import Kept
 from confide.client.mechanism import Mechanism, Randomness, Trainer
 from confide.client.noise import CryptographicNoise
 from confide.client.spends import SpendLog
+from confide.common.bounds import reach
 from confide.common.crypto import Keystream
 from confide.common.errors import AdapterError, ConfideError, DataError, PrivacyError, Refused
 from confide.common.messages import (
@@ -36,6 +39,7 @@ from confide.common.plan import Plan
 from confide.common.ring import RingLayout, RingVector, encode
 
 _log = logging.getLogger(__name__)
+_ROUNDING = 1e-6  # of float32, relative
 
 
 class Attending(Protocol):
@@ -204,7 +208,22 @@ class Agent:
         self._attending = attending
         return contribution
 
+    def _check_start(self, start: Start, number: int) -> None:
+        """Return if the plan's rounds can lead to this adapter.
+
+        One with enormous numbers would blow up what a row's gradient owes to rounding, and with it what the rows beside it
+        do to that.
+        """
+        limit = reach(self._plan.federation, self._ring, number - 1)
+        away = float(np.linalg.norm(start.adapter.astype(np.float64) - self._trainer.start))
+        if not away <= limit + _ROUNDING * float(np.linalg.norm(self._trainer.start)):
+            raise AdapterError(
+                f"The adapter of round {number} is {away:.3g} away from the plan's start; {number - 1} rounds lead at most "
+                f"{limit:.3g} away. The server has not kept to the plan."
+            )
+
     def _train(self, number: int, start: Start) -> RingVector:
+        self._check_start(start, number)
         randomness = self._randomness(number)
         self.spends.reserve(self._mechanism.spend(number, randomness.name), start.adapter_digest, self._roster)
         delta = self._trainer.train(number, start.adapter, self._mechanism, randomness)

@@ -73,7 +73,7 @@ def moved_away(layout: Layout, start: Floats, scales: Mapping[str, float]) -> Fl
     random, vector = np.random.default_rng(SEED), start.copy()
     for name, part in layout.split(vector).items():  # views of it
         spread = (0.1 if part.ndim == 1 else 0.3 / math.sqrt(part.shape[-1])) / max(1.0, scales.get(name, 1.0))
-        part += random.normal(0, spread, part.shape).astype(np.float32)
+        part[:] = part + random.normal(0, spread, part.shape)
     return vector
 
 

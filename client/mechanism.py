@@ -100,6 +100,7 @@ class Trainer(Protocol):
 
     person_count: int
     layout_digest: str
+    start: Floats
 
     def train(self, number: int, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:
         """Return what round `number` of private training made of `start`."""

@@ -47,6 +47,7 @@ class PrivateTrainer:
         self.evidence: dict[int, Evidence] = {}
         self.person_count = examples.person_count
         self.layout_digest = model.layout.digest
+        self.start = model.start
 
     def train(self, number: int, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:
         """Return what round `number` of private training made of `start`."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from confide.common.adapter import Layout
 from confide.common.calibration import noise_multiplier
-from confide.common.plan import Plan
+from confide.common.plan import Federation, Plan
 from confide.common.ring import RingLayout
 
 BOUND_PER_NORM = 3  # the default update_bound, in predicted norms
@@ -29,6 +29,26 @@ def ring_layout(plan: Plan, layout: Layout, head: Iterable[str]) -> RingLayout:
         rms = noise + signal / math.sqrt(layout.length)
         segments.append((sum(size for size, _ in run), BOUND_PER_RMS * rms))
     return RingLayout(length=layout.length, max_sites=federation.max_sites, bits=16, segments=tuple(segments))
+
+
+def reach(federation: Federation, ring: RingLayout, rounds: int) -> float:
+    """Return how far an adapter can be from its start, in L2, after so many rounds of a server that keeps to the plan.
+
+    Each round's mean update is within the ring's bound. FedAvg takes it times the server's step size; momentum β adds at
+    most 1 / (1 - β) of them up; Adam moves a number by at most 10 (1 - β) √(Σ_k (β² / 0.99)^k) step sizes, by the
+    inequality of Cauchy and Schwarz between its two moments.
+    """
+    bound = (
+        math.sqrt(sum(size * limit**2 for size, limit in ring.segments)) if ring.segments else ring.update_bound or 0
+    )
+    beta = 0.9 if federation.server_momentum is None else federation.server_momentum
+    match federation.server_optimizer:
+        case "fedavgm":
+            bound *= min(rounds, 1 / (1 - beta))
+        case "fedadam":
+            moments = math.sqrt(sum((beta**2 / 0.99) ** k for k in range(rounds)))
+            bound = math.sqrt(ring.length) * 10 * (1 - beta) * moments
+    return 1.01 * rounds * federation.server_learning_rate * bound  # a hundredth for rounding
 
 
 def predicted_norm(plan: Plan, layout: Layout, head: Iterable[str]) -> float:

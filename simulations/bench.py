@@ -133,6 +133,7 @@ class ConstantTrainer:
 
     def __init__(self, layout: Layout) -> None:
         self.layout_digest = layout.digest
+        self.start = np.zeros(layout.length, np.float32)
         self._length = layout.length
 
     def train(self, number: int, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:

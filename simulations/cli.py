@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from confide.common.cli import quiet_libraries
-from confide.common.errors import ConfideError, UsageError
+from confide.common.errors import ConfideError, RunError, UsageError
 from confide.simulations.scenarios import SCENARIOS, demo_model, scenario
 
 if TYPE_CHECKING:
@@ -195,6 +195,8 @@ def sweep(
     from confide.simulations.sweep import draw, summed, variants
 
     check_choices(split=split, summation=summation, noise=noise)
+    if not 0 < concentration <= 1e6:
+        raise UsageError(f"--concentration {concentration:g} is outside its range: above 0, at most 1000000.")
     numbers = _seeds(seeds)
     root = out or _directory(f"{Path(plan).stem}-sweep")
     plan_file = Path(plan)
@@ -255,14 +257,20 @@ def _once(
     variant: "Variant", setting: "Setting", seed: int, root: Path, *, as_json: bool, shelf: "Shelf"
 ) -> dict[str, Any]:
     """Return the contents of `run.json` of one run of a sweep; what is done already is not done again."""
-    from confide.simulations.setting import begin
+    from confide.common.plan import load_plan, read_plan
+    from confide.simulations.setting import begin, read_setting
 
-    directory = root / variant.name / f"seed-{seed}"
+    directory, setting = root / variant.name / f"seed-{seed}", dataclasses.replace(setting, seed=seed)
     if not (directory / "setting.json").exists():
         source = root / variant.name / "plan.toml"
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_bytes(variant.plan)
-        begin(directory, source, dataclasses.replace(setting, seed=seed))
+        begin(directory, source, setting)
+    elif read_setting(directory) != setting or load_plan(directory / "plan.toml") != read_plan(variant.plan):
+        raise RunError(
+            f"The run in {directory} was begun with another plan or other options, so it is no part of this sweep. Go on "
+            "with those it was begun with, or give another --out."
+        )
     if not (directory / "run.json").exists():
         if not as_json:
             Console(highlight=False, markup=False).print(f"{variant.name}, seed {seed}", style="bold")

@@ -1,7 +1,9 @@
 """Many runs of one plan: some of its settings varied, each combination with several seeds, and what came of them."""
 
 import dataclasses
+import hashlib
 import itertools
+import re
 import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,8 @@ from confide.common.settings import toml_value
 
 FORMAT = "confide-sweep/1"
 _MOST_RUNS = 1000
+_LONGEST_NAME = 120  # file systems take 255 bytes
+_NOT_FOR_NAMES = re.compile(r"[^A-Za-z0-9 ._=,+-]")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +34,11 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Its name, of which a folder can be made."""
-        return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.changes.items()) or "as-planned"
+        """Its name, of which a folder can be made: what a name cannot hold is replaced, and a digest tells such apart."""
+        words = (f"{key.rpartition('.')[2]}={_words(value)}" for key, value in self.changes.items())
+        whole = ",".join(words) or "as-planned"
+        plain = _NOT_FOR_NAMES.sub("_", whole)[:_LONGEST_NAME]
+        return whole if plain == whole else f"{plain}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def variants(plan: bytes, vary: Sequence[str]) -> list[Variant]:
@@ -39,21 +46,22 @@ def variants(plan: bytes, vary: Sequence[str]) -> list[Variant]:
 
     Args:
         plan: A plan, as TOML.
-        vary: Each `section.key=value,value,…`, the values spelled as in TOML; texts may go without quotes.
+        vary: Each `section.key=value,value,…`, the values spelled as in TOML; texts without commas may go without quotes.
 
     Raises:
-        UsageError: One is malformed, or there are too many combinations.
-        PlanError: A combination is no valid plan.
+        UsageError: One is malformed or names a value twice, or there are too many combinations.
+        PlanError: The plan or a combination is not valid.
     """
+    read_plan(plan)
     axes: dict[str, list[object]] = {}
     for words in vary:
         key, _, values = words.partition("=")
-        if key.count(".") != 1 or not values or key in axes:
+        if key.count(".") != 1 or not values.strip() or key in axes:
             raise UsageError(
                 f"--vary {words!r} must be section.key=value,value and name each key once, such as "
                 "--vary privacy.epsilon=1,3,8"
             )
-        axes[key] = [_value(word) for word in values.split(",")]
+        axes[key] = _values(values)
     combinations = [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
     if len(combinations) > _MOST_RUNS:
         raise UsageError(f"--vary gives {len(combinations)} combinations; at most {_MOST_RUNS} are run at once.")
@@ -61,6 +69,8 @@ def variants(plan: bytes, vary: Sequence[str]) -> list[Variant]:
     found = [Variant(changes=changes, plan=_altered(tree, changes)) for changes in combinations]
     for variant in found:
         read_plan(variant.plan)
+    if len({variant.name for variant in found}) < len(found):
+        raise UsageError("--vary names a value twice, so two combinations are the same. Name each value once.")
     return found
 
 
@@ -123,6 +133,18 @@ def draw(total: Mapping[str, Any], found: Sequence[Variant], path: Path) -> None
     plt.close(figure)
 
 
+def _words(value: object) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _values(words: str) -> list[object]:
+    """Return the values, which may be lists or quoted texts with commas of their own."""
+    try:
+        return list(tomllib.loads(f"values = [{words}]")["values"])
+    except tomllib.TOMLDecodeError:
+        return [_value(word) for word in words.split(",")]
+
+
 def _value(word: str) -> object:
     try:
         return tomllib.loads(f"value = {word}")["value"]
@@ -135,7 +157,10 @@ def _altered(tree: Mapping[str, Any], changes: Mapping[str, object]) -> bytes:
     sections: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
     for key, value in changes.items():
         section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
+        held = sections.setdefault(section, {})
+        if not isinstance(held, dict):
+            raise UsageError(f"--vary {key} names no section of a plan, but its key {section!r}, which is not varied.")
+        held[name] = value
     lines = [f"{key} = {toml_value(value)}" for key, value in sections.items() if not isinstance(value, dict)]
     for key, value in sections.items():
         if isinstance(value, dict):

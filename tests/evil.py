@@ -111,6 +111,7 @@ class Wandering:
 
     person_count = PERSONS
     layout_digest = LAYOUT.digest
+    start = START
 
     def __init__(self) -> None:
         self.trained = 0

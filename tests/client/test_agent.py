@@ -171,8 +171,22 @@ def test_a_round_is_never_trained_from_two_adapters(
 
     answer = contributed(agent, offer(model, ring, attempt=2), model.start + 1)
 
-    assert answer == REFUSED
+    assert isinstance(answer, Failure)
     assert len(agent.spends.spends) == 1
+
+
+@pytest.mark.parametrize(("number", "away", "fits"), [(1, 0.0, True), (1, 1.0, False), (2, 0.9, True), (2, 1.2, False)])
+def test_an_adapter_that_the_plans_rounds_cannot_lead_to_is_refused_and_costs_nothing(
+    model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples, number: int, away: float, fits: bool
+) -> None:
+    agent = make_agent(model, ring, make_examples, None)
+    step = np.zeros_like(model.start)
+    step[0] = away * (ring.update_bound or 0)
+
+    answer = contributed(agent, offer(model, ring, number=number), model.start + step)
+
+    assert isinstance(answer, Contribution if fits else Failure)
+    assert len(agent.spends.spends) == fits
 
 
 def test_a_restarted_simulation_repeats_an_interrupted_round_to_the_same_bytes(

@@ -1,6 +1,7 @@
 """The self-test before training: sound models pass it, and each way of being broken is refused by name."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from confide.client import conformance, gradients, recorder, trainer
-from confide.client.conformance import certify
+from confide.client.conformance import Certificate, certify
 from confide.client.mechanism import Mechanism
 from confide.client.noise import drawn, rounded_gaussian
 from confide.client.private_trainer import PrivateTrainer
 from confide.common.errors import ModelError
+from confide.common.examples import IGNORED, Batch
 from confide.common.factors import Factors
 from confide.common.model import AdaptedModel, attach
+from confide.common.objective import losses
 from confide.common.plan import (
     CAUSAL,
     IMAGE_CLASSES,
@@ -28,36 +32,49 @@ from confide.common.plan import (
     REGRESSION,
     TEXT_CLASSES,
     TOKEN_CLASSES,
-    Plan,
 )
 from confide.common.prefix import PrefixCache
 from confide.simulations.insecure import InsecureSeededNoise
 from tests import families
-from tests.client.test_broken_variants import mean_over_the_tokens_of_the_batch, not_clipped
 from tests.conftest import MakeExamples
 
 METHODS = ("ffa", "fedit", "alternate", "share-a", "r-only")
 Break = Callable[[AdaptedModel, pytest.MonkeyPatch], None]
+Make = Callable[..., AdaptedModel]
 
 
-def made(base: Path, plan: Plan, method: str = "ffa", **compute: object) -> AdaptedModel:
-    """Return the tiny model with some method and some settings of `[compute]`."""
-    changed = dataclasses.replace(
-        plan,
-        adapter=dataclasses.replace(plan.adapter, method=method),
-        compute=dataclasses.replace(plan.compute, **compute),  # type: ignore[arg-type]
-    )
-    return attach(base, changed)
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the families' base models are kept."""
+    return tmp_path_factory.mktemp("bases")
+
+
+@pytest.fixture(scope="module")
+def make(bases: Path) -> Make:
+    """Return what makes a BERT of two layers, adapters in the upper one, with the settings it is told.
+
+    Whoever asks for the same settings shares the model, and must leave it as it was.
+    """
+    directory = families.save_base(bases / "two-layers", "bert", TEXT_CLASSES, num_hidden_layers=2)
+
+    @functools.cache
+    def made(method: str = "ffa", **settings: object) -> AdaptedModel:
+        plan = families.make_plan(directory, "bert", TEXT_CLASSES, method=method, top_layers=1, rank=8, **settings)
+        return attach(directory, plan)
+
+    return made
 
 
 @pytest.fixture
-def model(base_directory: Path, plan: Plan) -> AdaptedModel:
-    return made(base_directory, plan)
+def model(make: Make) -> AdaptedModel:
+    return make()
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_passes(base_directory: Path, plan: Plan, method: str) -> None:
-    model = made(base_directory, plan, method)
+def test_every_method_passes_and_the_model_is_left_as_it_was(make: Make, method: str) -> None:
+    model = make(method)
+    families.move(model)
+    before = anatomy(model)
 
     certificate = certify(model, cached=True)
 
@@ -66,55 +83,50 @@ def test_every_method_passes(base_directory: Path, plan: Plan, method: str) -> N
     assert 0 < certificate.gradient_error < 1e-5
     assert certificate.loop_precision == "float64"
     assert len(certificate.checks) == 8
+    assert_equal(anatomy(model), before)
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"),
+    ("family", "kind", "precision"),
     [
-        ("gpt2", TEXT_CLASSES),
-        ("modernbert", REGRESSION),  # a head of several layers
-        ("distilbert", TOKEN_CLASSES),
-        ("gpt2", CAUSAL),  # weights kept transposed, and a tied head
-        ("llama", INSTRUCTION),  # keys shared between heads
-        ("bert", MASKED),
-        ("vit", IMAGE_CLASSES),
+        ("modernbert", REGRESSION, "float32"),  # a head of several layers
+        ("gpt2", CAUSAL, "float32"),  # weights kept transposed, and a tied head
+        ("bert", MASKED, "float32"),
+        ("vit", IMAGE_CLASSES, "float32"),
+        ("modernbert", TOKEN_CLASSES, "bfloat16"),  # peft keeps the norm of a reloaded head in bfloat16
+        ("distilbert", REGRESSION, "bfloat16"),
+        ("llama", INSTRUCTION, "bfloat16"),  # keys shared between heads
     ],
 )
-def test_every_kind_of_task_passes(tmp_path: Path, family: str, kind: str) -> None:
-    model = families.make_model(tmp_path, family, kind, dtype=torch.float32, top_layers=1)
+def test_every_kind_of_task_passes(bases: Path, family: str, kind: str, precision: str) -> None:
+    model = families.make_model(bases, family, kind, dtype=torch.float32, top_layers=1, precision=precision)
 
-    certificate = certify(model, cached=True)
+    certificate = certify(model, cached=precision == "float32")
 
-    assert 0 < certificate.gradient_error < 1e-5
+    assert certificate.loop_precision == ("bfloat16" if precision == "bfloat16" else "float64")
+    assert 0 < certificate.gradient_error < (5e-2 if precision == "bfloat16" else 1e-5)
     assert (model.head == frozenset()) == (kind in LANGUAGE)
 
 
-@pytest.mark.parametrize("method", ["fedit", "r-only"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("small", [True, False])
 def test_a_base_too_large_for_float64_is_tested_in_its_own_precision(
-    base_directory: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch, method: str, precision: str, small: bool
+    make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = made(base_directory, plan, method, precision=precision)
-    if not small:
-        monkeypatch.setattr(conformance, "_EXACT_BYTES", 0)
+    monkeypatch.setattr(conformance, "_EXACT_BYTES", 0)
 
-    certificate = certify(model, cached=True)
+    certificate = certify(make(R_ONLY), cached=False)
 
-    assert certificate.loop_precision == ("float64" if small else precision)
-    assert certificate.gradient_error < (2e-2 if precision == "bfloat16" else 1e-5)
+    assert certificate.loop_precision == "float32"
+    assert certificate.gradient_error < 1e-5
 
 
-def test_a_model_whose_layers_are_computed_again_passes(base_directory: Path, plan: Plan) -> None:
-    model = made(base_directory, plan, gradient_checkpointing=True)
-
-    assert certify(model, cached=True).gradient_error < 1e-5
+def test_a_model_whose_layers_are_computed_again_passes(make: Make) -> None:
+    assert certify(make(gradient_checkpointing=True), cached=False).gradient_error < 1e-5
 
 
-def test_a_model_of_which_only_the_head_is_trained_passes(base_directory: Path, plan: Plan) -> None:
-    model = attach(base_directory, plan, head_only=True)
+def test_a_model_of_which_only_the_head_is_trained_passes(bases: Path, model: AdaptedModel) -> None:
+    model = attach(bases / "two-layers", model.plan, head_only=True)
 
-    assert certify(model, cached=True).gradient_error < 1e-5
+    assert certify(model, cached=False).gradient_error < 1e-5
 
 
 def anatomy(model: AdaptedModel) -> dict[str, Any]:
@@ -134,44 +146,29 @@ def anatomy(model: AdaptedModel) -> dict[str, Any]:
 
 
 def assert_equal(after: dict[str, Any], before: dict[str, Any]) -> None:
-    weights = before.pop("weights")
-    assert after.pop("weights").keys() == weights.keys()
+    weights, was = after.pop("weights"), before.pop("weights")
+    assert weights.keys() == was.keys()
+    assert all(torch.equal(value, was[name]) for name, value in weights.items())
     assert after == before
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_model_is_left_as_it_was(base_directory: Path, plan: Plan, method: str) -> None:
-    model = made(base_directory, plan, method)
-    families.move(model)
+def test_the_model_is_left_as_it_was_though_it_failed(model: AdaptedModel) -> None:
     before = anatomy(model)
 
-    certify(model, cached=True)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        lose_a_tensor(model, monkeypatch)
+        with pytest.raises(ModelError, match="the export failed: reloaded, it changes logits by"):
+            certify(model, cached=False)
 
-    after = anatomy(model)
-    assert all(torch.equal(value, after["weights"][name]) for name, value in before["weights"].items())
-    assert_equal(after, before)
-
-
-def test_the_model_is_left_as_it_was_though_it_failed(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = anatomy(model)
-    lose_a_tensor(model, monkeypatch)
-
-    with pytest.raises(ModelError, match="export"):
-        certify(model, cached=True)
-
-    monkeypatch.undo()
-    after = anatomy(model)
-    assert all(torch.equal(value, after["weights"][name]) for name, value in before["weights"].items())
-    assert_equal(after, before)
-    assert certify(model, cached=True)
+    assert_equal(anatomy(model), before)
 
 
 def one_factor_forgotten(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of four layers notes nothing of its factor; its gradient is a ten-thousandth of the head's."""
+    """One of two layers notes nothing of its factor; its gradient is a ten-thousandth of the head's."""
     note = recorder.Recorder.note
 
     def forgetful(self: recorder.Recorder, name: str, gradient: torch.Tensor) -> None:
-        note(self, name, gradient * 0 if "layer.2.attention.self.query" in name else gradient)
+        note(self, name, gradient * 0 if "layer.1.attention.self.query" in name else gradient)
 
     monkeypatch.setattr(recorder.Recorder, "note", forgetful)
 
@@ -180,7 +177,7 @@ def one_gradient_is_no_number(model: AdaptedModel, monkeypatch: pytest.MonkeyPat
     note = recorder.Recorder.note
 
     def broken(self: recorder.Recorder, name: str, gradient: torch.Tensor) -> None:
-        note(self, name, gradient * torch.nan if "layer.2.attention.self.query" in name else gradient)
+        note(self, name, gradient * torch.nan if "layer.1.attention.self.query" in name else gradient)
 
     monkeypatch.setattr(recorder.Recorder, "note", broken)
 
@@ -190,10 +187,52 @@ def another_scale(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "_products", lambda *a: products(*a) * 1.01)
 
 
+def one_factor_twice_as_long(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a scale of alpha / sqrt(rank) would make it beside one of alpha / rank."""
+    note = recorder.Recorder.note
+
+    def longer(self: recorder.Recorder, name: str, gradient: torch.Tensor) -> None:
+        note(self, name, gradient * 2 if "layer.1.attention.self.query" in name else gradient)
+
+    monkeypatch.setattr(recorder.Recorder, "note", longer)
+
+
 def rows_share_their_mean(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes into the head has something of all rows of the batch, as batch statistics would bring it."""
-    head = model.network.get_base_model().classifier
-    head.register_forward_pre_hook(lambda _, args: (args[0] + 0.1 * args[0].mean(dim=0, keepdim=True),))
+    change = before(lambda x: x + 0.1 * x.mean(dim=0, keepdim=True))
+    monkeypatch.setitem(model.network.get_base_model().classifier._forward_pre_hooks, 10**6, change)
+
+
+def rows_share_a_mean_above(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, in the topmost layer, where every position has the mean of the rows' first one."""
+    change = before(lambda x: x + 0.5 * x[:, :1].mean(dim=0, keepdim=True))
+    monkeypatch.setitem(model.blocks[-1]._forward_pre_hooks, 10**6, change)
+
+
+def layers_know_the_longest_row(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    change = before(lambda x: x * (1 + x.shape[1]))
+    monkeypatch.setitem(model.blocks[-1]._forward_pre_hooks, 10**6, change)
+
+
+def layers_change_much_with_a_longer_row(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_with_a_longer_row(model, monkeypatch, 4.0)
+
+
+def change_with_a_longer_row(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """As rotations of position do that are made anew for a batch with a row longer than those made up."""
+    topmost: Any = model.blocks[-1]
+    change = before(lambda x: x * (factor if x.shape[1] > 24 else 1.0))
+    monkeypatch.setitem(topmost.intermediate._forward_pre_hooks, 10**6, change)
+
+
+def padding_is_averaged(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    change = before(lambda x: x + x.mean(dim=1, keepdim=True))
+    monkeypatch.setitem(model.blocks[-1]._forward_pre_hooks, 10**6, change)
+
+
+def before(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., tuple[Any, ...]]:
+    """Return a hook that changes what goes into a layer."""
+    return lambda _, args: (change(args[0]), *args[1:])
 
 
 def padding_is_read(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +262,11 @@ def cache_off_by_a_little(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) 
 
 
 def clipping_off(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "_grid_sum", not_clipped)
+    def only_rounded(values: torch.Tensor, norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
+        steps: torch.Tensor = (values.double() * (2**gradients.GRID_BITS / clip_norm)).trunc()
+        return steps.sum(dim=0).to(torch.int64)
+
+    monkeypatch.setattr(gradients, "_grid_sum", only_rounded)
 
 
 def clipped_too_short(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +306,7 @@ def somebody_left_out(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> N
 
 def frozen_weight_moves(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     settle, frozen = AdaptedModel.settle, model.network.get_input_embeddings().weight
+    monkeypatch.setattr(frozen, "data", frozen.data.clone())
 
     def loose(self: AdaptedModel) -> None:
         settle(self)
@@ -297,6 +341,11 @@ def lose_a_tensor(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AdaptedModel, "export", lossy)
 
 
+def export_half_of_it(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = AdaptedModel.export
+    monkeypatch.setattr(AdaptedModel, "export", lambda self, vector, *where: export(self, vector / 2, *where))
+
+
 def export_as_half_floats(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     export = AdaptedModel.export
 
@@ -318,15 +367,15 @@ def other_numbers_come_back(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch
 
 
 def another_weight_learns(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    model.network.get_input_embeddings().weight.requires_grad_(True)
+    monkeypatch.setattr(model.network.get_input_embeddings().weight, "requires_grad", True)
 
 
 def a_trained_weight_is_frozen(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    next(iter(model.trainable.values())).requires_grad_(False)
+    monkeypatch.setattr(next(iter(model.trainable.values())), "requires_grad", False)
 
 
 def a_factor_is_left_out(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    del model.trainable[next(name for name in model.trainable if ".lora_B." in name)]
+    monkeypatch.delitem(model.trainable, next(name for name in model.trainable if ".lora_B." in name))
 
 
 def a_tensor_is_not_sent(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +384,7 @@ def a_tensor_is_not_sent(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -
 
 def the_head_is_not_used(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     head = model.network.get_base_model().classifier
-    head.register_forward_hook(lambda _, args, scores: args[0][:, : scores.shape[1]])
+    monkeypatch.setitem(head._forward_hooks, 10**6, lambda _, args, scores: args[0][:, : scores.shape[1]])
 
 
 def no_row_goes_through(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +399,7 @@ def no_row_goes_through(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) ->
     [
         (
             one_factor_forgotten,
-            r"a person's gradient failed: it is off by 1\.0e\+00 of its length in \S*layer\.2\S*query",
+            r"a person's gradient failed: it is off by 1\.0e\+00 of its length in \S*layer\.1\S*query",
         ),
         (one_gradient_is_no_number, r"a person's gradient failed: it is off by nan of its length in"),
         (
@@ -359,6 +408,8 @@ def no_row_goes_through(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) ->
         ),
         (rows_share_their_mean, r"a person's gradient failed: it is off by"),
         (padding_is_read, r"a person's gradient failed: it is off by"),
+        (padding_is_averaged, r"a person's gradient failed: it is off by"),
+        (layers_know_the_longest_row, r"a person's gradient failed: it is off by"),
         (carry_forgotten, r"a person's gradient over micro-batches failed: it is off by"),
         (cache_off_by_a_little, r"a person's gradient with the cached prefix failed: it is off by"),
         (clipping_off, r"clipping failed: a person's part has \d+\.\d+ times the clip norm; the limit is 1 exactly"),
@@ -371,7 +422,6 @@ def no_row_goes_through(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) ->
         (noise_off, r"the noise failed: its variance is 0\.000 of what it should be, outside 0\.9"),
         (noise_a_tenth_too_low, r"the noise failed: its variance is 0\.[78]\d\d of what it should be"),
         (noise_repeated, r"the noise failed: two rounds drew the same"),
-        (lose_a_tensor, r"the export failed: reloaded, it changes logits by"),
         (export_as_half_floats, r"the export failed: reloaded, it changes logits by \d\.\de-0\d of their length"),
         (export_nothing, r"the export failed: peft cannot load it"),
         (other_numbers_come_back, r"the export failed: other numbers come back"),
@@ -415,10 +465,37 @@ def test_rows_that_share_something_beside_each_other_only_are_seen(
         certify(model, cached=False)
 
 
-def test_a_mean_loss_over_the_tokens_of_a_batch_gets_no_certificate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (
+            one_factor_forgotten,
+            r"a person's gradient failed: it is off by 1\.0e\+00 of its length in \S*layer\.1\S*query",
+        ),
+        (one_factor_twice_as_long, r"a person's gradient failed: it is off by .* of its length in \S*layer\.1\S*query"),
+        (rows_share_their_mean, r"the scores failed: beside others, a row's change by"),
+        (padding_is_averaged, r"the scores failed: beside others, a row's change by"),
+        (layers_know_the_longest_row, r"the scores failed: beside others, a row's change by"),
+        (carry_forgotten, r"a person's gradient over micro-batches failed: it is off by"),
+        (export_half_of_it, r"the export failed: reloaded, it changes logits by"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_is_broken_gets_no_certificate_in_bfloat16_either(
+    make: Make, monkeypatch: pytest.MonkeyPatch, break_it: Break, message: str
 ) -> None:
-    model = families.make_model(tmp_path, "gpt2", CAUSAL, dtype=torch.float32)
+    model = make(precision="bfloat16")
+    break_it(model, monkeypatch)
+
+    with pytest.raises(ModelError, match=message):
+        certify(model, cached=False)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_mean_loss_over_the_tokens_of_a_batch_gets_no_certificate(
+    bases: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    model = families.make_model(bases, "gpt2", CAUSAL, dtype=torch.float32, precision=precision)
     for module in (gradients, conformance):
         monkeypatch.setattr(module, "losses", mean_over_the_tokens_of_the_batch)
 
@@ -426,26 +503,92 @@ def test_a_mean_loss_over_the_tokens_of_a_batch_gets_no_certificate(
         certify(model, cached=False)
 
 
-def test_a_frame_that_does_not_fit_r_gets_no_certificate(
-    base_directory: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+def mean_over_the_tokens_of_the_batch(kind: str, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    assert batch.targets is not None
+    tokens = torch.from_numpy((batch.targets[:, 1:] != IGNORED).sum(axis=1))  # (rows,)
+    return losses(kind, logits, batch) * tokens / tokens.sum()
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        ("float32", r"a person's gradient beside the longest text failed: it is off by"),
+        ("bfloat16", r"the scores failed: beside others, a row's change by"),
+    ],
+)
+def test_layers_that_change_a_little_with_a_row_longer_than_those_made_up_get_no_certificate(
+    make: Make, monkeypatch: pytest.MonkeyPatch, precision: str, message: str
 ) -> None:
+    model = make(max_tokens=32, precision=precision)
+    change_with_a_longer_row(model, monkeypatch, 1.01)
+
+    with pytest.raises(ModelError, match=message):
+        certify(model, cached=True)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (rows_share_a_mean_above, r"a person's gradient failed: it is off by"),
+        (padding_is_averaged, r"a person's gradient( beside others')? failed: it is off by"),
+        (layers_change_much_with_a_longer_row, r"a person's gradient beside the longest text failed: it is off by"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_network_in_bfloat16_too_large_for_a_copy_is_seen_to_mix_rows(
+    make: Make, monkeypatch: pytest.MonkeyPatch, break_it: Break, message: str
+) -> None:
+    model = make(max_tokens=32, precision="bfloat16")
+    break_it(model, monkeypatch)
+    monkeypatch.setattr(conformance, "_EXACT_BYTES", 0)
+
+    with pytest.raises(ModelError, match=message):
+        certify(model, cached=False)
+
+
+@pytest.mark.parametrize("max_tokens", [3, 6])
+def test_a_layer_that_turns_rows_and_positions_gets_no_certificate(
+    make: Make, monkeypatch: pytest.MonkeyPatch, max_tokens: int
+) -> None:
+    """No scores change, but in a square batch persons would get each other's gradients, and the recorder see nothing.
+
+    Of so few tokens the batches of three rows and of six are square.
+    """
+    model = make(max_tokens=max_tokens)
+    topmost: Any = model.blocks[-1]
+    attention = topmost.attention.self
+    monkeypatch.setitem(attention._modules, "value", Turned(attention.value))
+
+    with pytest.raises(ModelError, match=r"value\.lora_B\.weight came with \d+ gradients for 1 rows"):
+        certify(model, cached=False)
+
+
+class Turned(nn.Module):
+    """Goes through a layer with positions before rows."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.layer(x.transpose(0, 1))
+        return result.transpose(0, 1)
+
+
+def test_a_frame_that_does_not_fit_r_gets_no_certificate(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `r-only` the self-test's loop goes through B, and B must be what R makes it."""
-    model = made(base_directory, plan, R_ONLY)
     monkeypatch.setattr(Factors, "settle", lambda _: None)
 
     with pytest.raises(ModelError, match="failed"):
-        certify(model, cached=False)
+        certify(make(R_ONLY), cached=False)
 
 
-def test_a_factor_that_rests_and_moves_gets_no_certificate(
-    base_directory: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_factor_that_rests_and_moves_gets_no_certificate(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """`alternate` trains A in even rounds only."""
-    model = made(base_directory, plan, "alternate")
     monkeypatch.setattr(trainer, "_optimizer", restless)
 
     with pytest.raises(ModelError, match=r"lora_[AB]\.weight is not trained in this round and moved"):
-        certify(model, cached=False)
+        certify(make("alternate"), cached=False)
 
 
 def restless(model: AdaptedModel, active: Any, training: Any) -> torch.optim.Optimizer:
@@ -459,27 +602,34 @@ def restless(model: AdaptedModel, active: Any, training: Any) -> torch.optim.Opt
     return optimizer
 
 
-def test_a_model_without_a_prefix_is_not_certified_with_one(tmp_path: Path) -> None:
-    model = families.make_model(tmp_path, "bert", TEXT_CLASSES)
+def test_a_model_without_a_prefix_is_not_certified_with_one(bases: Path) -> None:
+    model = families.make_model(bases, "bert", TEXT_CLASSES)
 
     with pytest.raises(ModelError, match="there is no prefix to cache"):
         certify(model, cached=True)
 
 
-def test_training_with_a_cache_needs_a_certificate_for_it(model: AdaptedModel, make_examples: MakeExamples) -> None:
-    examples, cache = make_examples(12, seed=1), PrefixCache(model)
+@pytest.fixture(scope="module")
+def certificate(make: Make) -> Certificate:
+    return certify(make(), cached=False)
+
+
+def test_training_with_a_cache_needs_a_certificate_for_it(
+    certificate: Certificate, make_examples: MakeExamples
+) -> None:
+    examples, cache = make_examples(12, seed=1), PrefixCache(certificate.model)
     list(cache.add(examples))
 
     with pytest.raises(ModelError, match="self-test without a cached prefix"):
-        PrivateTrainer(certify(model, cached=False), examples, cache)
+        PrivateTrainer(certificate, examples, cache)
 
 
-def test_a_trainer_keeps_what_it_saw_of_each_round(model: AdaptedModel, make_examples: MakeExamples) -> None:
-    private = PrivateTrainer(certify(model, cached=False), make_examples(12, seed=1))
+def test_a_trainer_keeps_what_it_saw_of_each_round(certificate: Certificate, make_examples: MakeExamples) -> None:
+    private = PrivateTrainer(certificate, make_examples(12, seed=1))
     mechanism = Mechanism(sampling_rate=0.5, clip_norm=1e-3, noise_multiplier=1.0, steps=3, divisor=6.0)
 
     for number in (1, 2):
-        private.train(number, model.start, mechanism, InsecureSeededNoise(0, "s", number))
+        private.train(number, certificate.model.start, mechanism, InsecureSeededNoise(0, "s", number))
 
     assert set(private.evidence) == {1, 2}
     assert all(len(evidence.batch_sizes) == 3 for evidence in private.evidence.values())

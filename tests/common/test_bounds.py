@@ -4,14 +4,16 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from confide.common.adapter import Layout
-from confide.common.bounds import predicted, predicted_norm, ring_layout
+from confide.common.bounds import predicted, predicted_norm, reach, ring_layout
 from confide.common.calibration import noise_multiplier
 from confide.common.plan import Plan
-from confide.common.ring import RingLayout
+from confide.common.ring import RingLayout, Update
+from confide.server.aggregate import ServerState, step
 
 LAYOUT = Layout.of({"B": (3, 3), "C": (2,), "head": (4,), "z": (1,)})
 SQUARES = 12 * 0.5**2 + 4 * 2.0**2
@@ -94,3 +96,24 @@ def test_adam_moves_numbers_under_pure_noise_as_far_as_predicted_within_a_quarte
     noise, signal = predicted(changed(plan, "adam", steps), 1e-2)
     assert 0.75 <= noise / measured <= 1.25
     assert signal == 0
+
+
+@pytest.mark.parametrize("optimizer", ["fedavg", "fedavgm", "fedadam"])
+@pytest.mark.parametrize("bits", [32, 16])
+def test_no_server_that_keeps_to_the_plan_gets_further_than_reach(plan: Plan, optimizer: str, bits: int) -> None:
+    federation = dataclasses.replace(plan.federation, server_optimizer=optimizer, server_learning_rate=0.7)
+    ring = (
+        RingLayout(length=6, update_bound=2.0, max_sites=16)
+        if bits == 32
+        else RingLayout(length=6, max_sites=16, bits=16, segments=((2, 0.5), (4, 1.0)))
+    )
+    largest = np.full(6, 2 / np.sqrt(6)) if bits == 32 else np.array([0.5, 0.5, 1, 1, 1, 1])
+    state = ServerState.begin(np.zeros(6, np.float32), federation)
+
+    for number in range(1, 30):
+        update = Update(mean=largest.astype(np.float32), count=3, bounded=0.0, saturated=0.0)
+        state = step(state, update, federation)
+
+        assert np.linalg.norm(state.adapter) <= reach(federation, ring, number)
+    if optimizer == "fedavg":
+        assert np.linalg.norm(state.adapter) >= 0.95 * reach(federation, ring, 29)

@@ -46,6 +46,7 @@ class Steady:
 
     person_count = 120
     layout_digest = LAYOUT.digest
+    start = np.zeros(LAYOUT.length, np.float32)
 
     def __init__(self, move: float) -> None:
         self.move = move

@@ -45,7 +45,7 @@ from tests.server.agents import (
     when,
 )
 
-START = np.arange(5, dtype=np.float32)
+START = np.zeros(5, np.float32)
 WIDE = RingLayout(length=5, update_bound=100.0, max_sites=16)
 NARROW = RingLayout(length=5, max_sites=16, bits=16, segments=((4, 10.0), (1, 8.0)))
 SEVEN = tuple("abcdefg")

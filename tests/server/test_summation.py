@@ -45,7 +45,7 @@ from tests.server.agents import (
     unheard,
 )
 
-ADAPTER = np.arange(5, dtype=np.float32)
+ADAPTER = np.zeros(5, np.float32)
 WIDE = RingLayout(length=5, update_bound=100.0, max_sites=64)
 
 

@@ -51,6 +51,42 @@ def test_a_malformed_setting_to_vary_is_refused(plan_file: Path, vary: list[str]
         variants(plan_file.read_bytes(), vary)
 
 
+def test_lists_and_quoted_texts_keep_their_commas(plan_file: Path) -> None:
+    found = variants(plan_file.read_bytes(), ['adapter.targets=["query","value"],["query"]'])
+
+    assert [read_plan(variant.plan).adapter.targets for variant in found] == [("query", "value"), ("query",)]
+    assert [variant.name for variant in found] == ["targets=query+value", "targets=query"]
+
+
+@pytest.mark.parametrize("text", ["../../elsewhere", "/etc", "a/b", "x" * 200])
+def test_a_name_is_one_folder_whatever_the_value(plan_file: Path, text: str) -> None:
+    (variant,) = variants(plan_file.read_bytes(), [f"data.text={text}"])
+
+    assert "/" not in variant.name
+    assert len(variant.name) < 255
+    assert variant.changes == {"data.text": text}
+
+
+def test_values_that_share_what_a_name_can_hold_have_names_of_their_own(plan_file: Path) -> None:
+    found = variants(plan_file.read_bytes(), ["data.text=a/b,a:b,a_b"])
+
+    assert len({variant.name for variant in found}) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment"), [("privacy.epsilon=1,1", "a value twice"), ("name.x=1", "no section of a plan")]
+)
+def test_what_cannot_be_varied_is_refused(plan_file: Path, words: str, fragment: str) -> None:
+    with pytest.raises(UsageError, match=fragment):
+        variants(plan_file.read_bytes(), [words])
+
+
+@pytest.mark.parametrize("plan", [b"\xff\xfe", b"a = ["])
+def test_what_is_no_plan_is_refused(plan: bytes) -> None:
+    with pytest.raises(PlanError):
+        variants(plan, ["privacy.epsilon=1"])
+
+
 @pytest.mark.parametrize("words", ["privacy.epsilon=0", "privacy.epsilonn=1", "nothing.at_all=1"])
 def test_a_combination_that_is_no_plan_is_refused_before_anything_runs(plan_file: Path, words: str) -> None:
     with pytest.raises(PlanError):

@@ -7,7 +7,18 @@ from typing import Any
 from confide.common.budget_report import Report
 from confide.common.errors import MissingPackage, UsageError
 
-_INK, _ACCENT, _SOFT = "#1f2933", "#0b7285", "#adb5bd"
+INK, ACCENT, SOFT = "#1f2933", "#0b7285", "#adb5bd"
+# The look of all figures.
+STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "figure.dpi": 120,
+    "svg.hashsalt": "confide",
+}
 
 
 def draw(found: Report, path: Path) -> None:
@@ -27,17 +38,7 @@ def draw(found: Report, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    style: dict[Any, Any] = {
-        "font.size": 11,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": _INK,
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "figure.dpi": 120,
-        "svg.hashsalt": "confide",
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure = _drawn(plt, found)
         figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if suffix == ".svg" else None)
         plt.close(figure)
@@ -53,11 +54,11 @@ def _drawn(plt: Any, found: Report) -> Any:  # noqa: ANN401  matplotlib's pyplot
     if left is not None:
         limit, named = left.budget, "budget"
         adaptive = [left.used, *left.course]
-    axis.plot(rounds, adaptive, "--", color=_INK, label="adaptive (RDP)", linewidth=1.6)
+    axis.plot(rounds, adaptive, "--", color=INK, label="adaptive (RDP)", linewidth=1.6)
     if left is None or not left.spends:
         declared = [0.0, *(spent.declared for _, spent in found.course)]
-        axis.plot(rounds, declared, color=_ACCENT, label="fixed in advance", linewidth=1.6)
-    axis.axhline(limit, color=_SOFT, linewidth=1.2, label=f"{named}, {limit:g}", zorder=0)
+        axis.plot(rounds, declared, color=ACCENT, label="fixed in advance", linewidth=1.6)
+    axis.axhline(limit, color=SOFT, linewidth=1.2, label=f"{named}, {limit:g}", zorder=0)
     axis.set_xlim(0, rounds[-1])
     axis.set_ylim(0, 1.15 * max([limit, *(value for value in adaptive if math.isfinite(value))]))
     axis.xaxis.get_major_locator().set_params(integer=True)

@@ -1,12 +1,22 @@
 """What benchmarks are made of: a figure, a note on the way, and a watch of processor time."""
 
 import dataclasses
+import json
+import os
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Self
 
+from confide.common.errors import RunError
+
 Note = Callable[[str], None]
+ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,3 +74,34 @@ class Stopwatch:
 
     def __exit__(self, *_: object) -> None:
         self.seconds += time.process_time() - self._began
+
+
+def figures_alone(command: Sequence[str], note: Note) -> dict[str, Figure]:
+    """Return the figures that a process of its own measures, whose libraries have one thread each.
+
+    Libraries read how many threads they may have when they are loaded, which here they are already.
+
+    Args:
+        command: What it runs; the file to which it must write its figures, as JSON, comes behind as the last argument.
+        note: Is told each line that it says on standard error.
+
+    Raises:
+        RunError: That process failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "figures.json"
+        said = []
+        with subprocess.Popen(  # noqa: S603  these are our own words
+            [*command, str(result)],
+            env=os.environ | ONE_THREAD,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            for line in process.stderr or ():
+                said.append(line.rstrip())
+                note(said[-1])
+        if process.returncode != 0:
+            raise RunError(f"The process that measures ended with {process.returncode}: {' '.join(said)[-500:]}")
+        figures = json.loads(result.read_bytes())
+    return {name: Figure(**{**figure, "spread": tuple(figure["spread"])}) for name, figure in figures.items()}

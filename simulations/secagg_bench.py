@@ -16,12 +16,9 @@ import itertools
 import json
 import math
 import os
-import subprocess
 import sys
-import tempfile
 import tracemalloc
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,7 +46,7 @@ from confide.common.ring import RingLayout, Update, encode
 from confide.common.secagg import SiteSide, apply_masks
 from confide.server.summation import Collected, SecureSummation, Task
 from confide.simulations.enrolment import Enrolment
-from confide.simulations.measurement import Cost, Figure, Note, Stopwatch
+from confide.simulations.measurement import Cost, Figure, Note, Stopwatch, figures_alone
 from confide.simulations.scenarios import scenario
 from confide.simulations.secagg_peers import FLOWER_STEP, Ckks, flower_round
 
@@ -57,9 +54,6 @@ RMS = 1e-3  # of the updates' entries
 MASKS = 10
 EXCHANGES = 5
 DROPPED = (0, 1)  # the places of those who drop out where two do
-ONE_THREAD = dict.fromkeys(
-    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
-)
 _CHECKED = 1 << 20  # entries of a mean that are checked at once
 _FLOWER = "Flower's SecAgg+, without network and signatures"
 _CKKS = "TenSEAL CKKS, N = 8192"
@@ -95,25 +89,10 @@ class Sizes:
 def measure_alone(note: Note, sizes: Sizes = Sizes()) -> dict[str, Figure]:
     """Return what `measure` does, measured in a process of its own whose libraries have one thread each.
 
-    Libraries read how many threads they may have when they are loaded, which here they are already.
-
     Raises:
         RunError: That process failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        result, words = Path(folder) / "figures.json", [json.dumps(dataclasses.asdict(sizes))]
-        command = [sys.executable, "-W", "ignore", "-c", _ALONE, *words, str(result)]
-        said = []
-        with subprocess.Popen(  # noqa: S603  these are our own words
-            command, env=os.environ | ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as process:
-            for line in process.stderr or ():
-                said.append(line.rstrip())
-                note(said[-1])
-        if process.returncode != 0:
-            raise RunError(f"The process that measures ended with {process.returncode}: {' '.join(said)[-500:]}")
-        figures = json.loads(result.read_bytes())
-    return {name: Figure(**{**figure, "spread": tuple(figure["spread"])}) for name, figure in figures.items()}
+    return figures_alone([sys.executable, "-W", "ignore", "-c", _ALONE, json.dumps(dataclasses.asdict(sizes))], note)
 
 
 _ALONE = """

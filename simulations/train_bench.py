@@ -10,9 +10,6 @@ neighbours in time. Memory is taken in a process for each side.
 """
 
 import dataclasses
-import json
-import os
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +20,12 @@ import torch
 from confide.client.gradients import PersonGradients
 from confide.common.errors import RunError, UsageError
 from confide.common.examples import Examples, Ints
-from confide.simulations.measurement import Figure, Note, Stopwatch
+from confide.simulations.measurement import Figure, Note, Stopwatch, figures_alone
 from confide.simulations.scenarios import demo_model, scenario
 from confide.simulations.train_ground import (
     CLIP_NORM,
     FROZEN,
     NOISE_MULTIPLIER,
-    ONE_THREAD,
     OURS,
     PLAIN,
     Ground,
@@ -75,28 +71,10 @@ def measure_demo(note: Note, plan: Path | None = None, data: Path | None = None)
 def measure_alone(note: Note, ground: Ground, sizes: Sizes = _FULL) -> dict[str, Figure]:
     """Return what `measure` does, measured in a process of its own whose libraries have one thread each.
 
-    Libraries read how many threads they may have when they are loaded, which here they are already.
-
     Raises:
         RunError: That process failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "figures.json"
-        said = []
-        with subprocess.Popen(  # noqa: S603  these are our own words
-            command(_SCRIPT, ground, sizes, str(result)),
-            env=os.environ | ONE_THREAD,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            for line in process.stderr or ():
-                said.append(line.rstrip())
-                note(said[-1])
-        if process.returncode != 0:
-            raise RunError(f"The process that measures ended with {process.returncode}: {' '.join(said)[-500:]}")
-        figures = json.loads(result.read_bytes())
-    return {name: Figure(**{**figure, "spread": tuple(figure["spread"])}) for name, figure in figures.items()}
+    return figures_alone(command(_SCRIPT, ground, sizes), note)
 
 
 _SCRIPT = """

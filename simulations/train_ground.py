@@ -27,9 +27,6 @@ from confide.simulations.train_peers import LEARNING_RATE, PlainLora, rows_of, s
 
 CLIP_NORM, NOISE_MULTIPLIER = 1.0, 1.0
 OURS, PLAIN, FROZEN = "ours", "plain", "frozen"  # the sides of a private step and of plain ones
-ONE_THREAD = dict.fromkeys(
-    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
-)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

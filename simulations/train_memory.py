@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from confide.common.errors import RunError
-from confide.simulations.train_ground import ONE_THREAD, Ground, Sizes, command, steps_of
+from confide.simulations.measurement import ONE_THREAD
+from confide.simulations.train_ground import Ground, Sizes, command, steps_of
 
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 

@@ -11,13 +11,34 @@
     ├── Refused                  exit 9   a site said no
     ├── RunError                 exit 10  a run failed, or its directory cannot be resumed
     ├── MissingPackage           exit 11  an optional package is not installed
-    └── SealError                exit 12  a sealed file is damaged, or the key is another
+    ├── SealError                exit 12  a sealed file is damaged, or the key is another
+    └── LedgerError              exit 13  a ledger is damaged, forged, rolled back or cannot be written
 
 Each message says what was wrong, the value, the limit and the remedy. It is for the person at this machine. What may
-leave a site is `outside`: one fixed sentence per class, never rows, paths or values.
+leave a site is `outside`: one fixed sentence per class, never rows, paths or values. A refusal may add the name of the
+rule it follows from, one of `RULES`, and never the value or the limit.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+# What a site's owner may limit, by the names under which a refusal leaves the site.
+RULES: Final = (
+    "approval",
+    "base-model",
+    "budget",
+    "cohort",
+    "compute",
+    "data",
+    "federation",
+    "graph",
+    "hours",
+    "ledger",
+    "noise",
+    "plan-privacy",
+    "rounds",
+    "targets",
+    "task",
+)
 
 
 class ConfideError(Exception):
@@ -80,10 +101,16 @@ class MessageError(ConfideError):
 
 
 class Refused(ConfideError):  # noqa: N818  a refusal is a decision, not an error of the program
-    """A site said no."""
+    """A site said no; `rule` is one of `RULES`, or nothing if it follows from none of them."""
 
     exit_code = 9
     outside = "The site refused."
+
+    def __init__(self, message: str, rule: str = "") -> None:
+        if rule and rule not in RULES:
+            raise ValueError(f"{rule!r} is no rule's name; see RULES.")
+        self.rule = rule
+        super().__init__(message)
 
 
 class RunError(ConfideError):
@@ -109,3 +136,10 @@ class SealError(ConfideError):
 
     exit_code = 12
     outside = "The site cannot read what it had put aside."
+
+
+class LedgerError(ConfideError):
+    """A ledger is damaged, forged, rolled back or cannot be written; nothing may be trained on its word."""
+
+    exit_code = 13
+    outside = "The site cannot vouch for its record of spends."

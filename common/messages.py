@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from confide.common.canonical import canonical_bytes, sha256
-from confide.common.errors import ConfideError, MessageError
+from confide.common.errors import RULES, ConfideError, MessageError, Refused
 
 FORMAT = "confide-message/1"
 LARGEST_BODY_BYTES = 1 << 21
@@ -185,7 +185,7 @@ class Opening:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Site to server: it did not take part, and which class of error was why. Never more than that."""
+    """Site to server: it did not take part, and which class of error or rule was why. Never more than that."""
 
     kind: ClassVar[str] = "failure"
     error: str
@@ -193,9 +193,10 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> Self:
-        """Return what may leave a site of `error`: its class if it is ours, and a fixed sentence."""
+        """Return what may leave a site of `error`: its class if it is ours, a fixed sentence, and a rule's name."""
         known = type(error) if isinstance(error, ConfideError) else ConfideError
-        return cls(error=known.__name__, sentence=known.outside)
+        rule = error.rule if isinstance(error, Refused) else ""
+        return cls(error=known.__name__, sentence=_sentence(known, rule))
 
 
 Message = (
@@ -335,8 +336,14 @@ def _plain(value: Any, form: object, kind: str, name: str) -> Any:  # noqa: ANN4
 
 def _check_known(failure: Failure) -> None:
     """Refuse a failure that says anything else than a class of ours and its sentence: it is shown and recorded."""
-    if {kind.__name__: kind.outside for kind in _errors(ConfideError)}.get(failure.error) != failure.sentence:
+    kinds = [kind for kind in _errors(ConfideError) if kind.__name__ == failure.error]
+    if not any(failure.sentence == _sentence(kind, rule) for kind in kinds for rule in ("", *RULES)):
         raise MessageError("A failure arrived whose class and sentence are not known. Use equal versions.")
+
+
+def _sentence(kind: type[ConfideError], rule: str) -> str:
+    """Return the fixed sentence of a class, or of a refusal by a rule."""
+    return f"{kind.outside} It follows its rule on: {rule}." if rule and issubclass(kind, Refused) else kind.outside
 
 
 def _errors(kind: type[ConfideError]) -> Iterator[type[ConfideError]]:

@@ -92,7 +92,12 @@ MESSAGES = strategies.one_of(
     strategies.builds(Confirmation, context=TEXTS, signature=RAW),
     strategies.builds(Signatures, context=TEXTS, signatures=RAW),
     strategies.builds(Opening, context=TEXTS, shares=RAW),
-    strategies.sampled_from([Failure.of(error) for error in (Refused(), DataError(), ConfideError(), OSError())]),
+    strategies.sampled_from(
+        [
+            Failure.of(error)
+            for error in (Refused("No."), Refused("No.", "noise"), DataError(), ConfideError(), OSError())
+        ]
+    ),
 )
 
 

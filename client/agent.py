@@ -4,20 +4,29 @@ Whoever carries messages, Flower's client or a simulation's channel, hands it an
 else comes out. It answers one message at a time, and takes part in one attempt at one round at a time.
 """
 
+import dataclasses
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
 
 from confide.client.kept import Kept
-from confide.client.mechanism import Mechanism, Randomness, Trainer
+from confide.client.mechanism import GivenUp, Mechanism, Randomness, Trainer
 from confide.client.noise import CryptographicNoise
-from confide.client.spends import SpendLog
+from confide.client.spends import Spends
 from confide.common.bounds import reach
 from confide.common.crypto import Keystream
-from confide.common.errors import AdapterError, ConfideError, DataError, PrivacyError, Refused
+from confide.common.errors import (
+    AdapterError,
+    ConfideError,
+    DataError,
+    MessageError,
+    PrivacyError,
+    Refused,
+    UsageError,
+)
 from confide.common.messages import (
     Advertisement,
     Confirmation,
@@ -25,6 +34,7 @@ from confide.common.messages import (
     Envelope,
     Failure,
     Message,
+    Names,
     Offer,
     Opening,
     Peers,
@@ -34,9 +44,12 @@ from confide.common.messages import (
     Survivors,
     open_envelope,
     seal,
+    vector_digest,
 )
 from confide.common.plan import Plan
 from confide.common.ring import RingLayout, RingVector, encode
+from confide.common.roster import Roster
+from confide.common.witness import Witness
 
 _log = logging.getLogger(__name__)
 _ROUNDING = 1e-6  # of float32, relative
@@ -51,6 +64,11 @@ class Attending(Protocol):
 
     def share(self, message: Peers) -> Shares:
         """Share what is needed if this site drops out."""
+        ...
+
+    @property
+    def peers(self) -> Names:
+        """Who advertised, this site included, in the order of the checkpoints it was told; known once it has shared."""
         ...
 
     def admit(self, message: Start) -> None:
@@ -78,6 +96,11 @@ class Protection(Protocol):
         """Whether another attempt at the same round may follow, for which its vector must be kept."""
         ...
 
+    @property
+    def roster(self) -> Roster | None:
+        """The pinned roster of those with whom it sums, or None if anybody may take part."""
+        ...
+
     def attend(self, offer: Offer) -> Attending:
         """Return the site's part in the attempt that `offer` begins.
 
@@ -103,11 +126,15 @@ class Agent:
         declared_persons: N, the rounded public number of persons that sets the divisor q·N.
         ring: How updates are written as integers.
         protection: What hides the site's vectors.
-        spends: The record of what training cost, and of the rounds whose sum was opened.
+        spends: The run's part of the site's ledger: what training cost, and the rounds whose sum was opened.
         kept: Where a round's vector is kept until the round is over; in memory only if absent.
         randomness: Gives each round's source of draws; fresh ones from the operating system's entropy if absent.
+        witness: Remembers how far each site's ledger had come, this site's as well. The site shares no keys in an attempt
+            in which one has gone back, or is not shown. With None nobody looks.
+        consent: Called with every message before anything is done about it; what it raises is the answer.
 
     Raises:
+        UsageError: There is a witness, and no roster whose keys would tell whose ledger it sees.
         DataError: The site has fewer persons than the plan asks for.
         PrivacyError: The plan's delta is not below one over the site's number of persons.
     """
@@ -122,10 +149,17 @@ class Agent:
         declared_persons: int,
         ring: RingLayout,
         protection: Protection,
-        spends: SpendLog,
+        spends: Spends,
         kept: Kept | None = None,
         randomness: Callable[[int], Randomness] = fresh_noise,
+        witness: Witness | None = None,
+        consent: Callable[[Message], None] = lambda message: None,
     ) -> None:
+        if witness is not None and protection.roster is None:
+            raise UsageError(
+                f"Site {site} was given a witness, and sums without a roster, so it knows nobody's key. Leave the witness "
+                "out, or sum with a federation."
+            )
         if min(trainer.person_count, declared_persons) < plan.privacy.min_persons:
             raise DataError(
                 f"Site {site} has {min(trainer.person_count, declared_persons)} persons; the plan asks for at least "
@@ -148,7 +182,10 @@ class Agent:
         self._randomness = randomness
         self._protection = protection
         self._kept = kept or Kept()
-        self._attempt = (0, 0)  # round and attempt
+        self._shown = ""  # the checkpoint that this site showed in the attempt
+        self._witness = witness
+        self._consent = consent
+        self._attempt = spends.last_attempt  # round and attempt; a site that was started anew goes through none again
         self._roster = ""
         self._attending: Attending | None = None
         self._lock = threading.Lock()
@@ -169,11 +206,12 @@ class Agent:
                 return seal(Failure.of(error))
 
     def _dispatch(self, message: Message) -> Message:
+        self._consent(message)
         match message:
             case Offer():
                 return self._attend(message)
             case Peers():
-                return self._present().share(message)
+                return self._share(message)
             case Start():
                 return self._contribute(message)
             case Survivors():
@@ -187,14 +225,35 @@ class Agent:
         """Begin an attempt; whatever attempt came before is over."""
         self._check(offer)
         self.spends.admit(offer.round, kept=self._kept.holds(offer.round), roster=offer.roster)
-        self._attending = self._protection.attend(offer)
+        attending = self._protection.attend(offer)
+        shown = self.spends.checkpoint
+        self._see({self.site: shown})  # a site that was set back to an old copy finds it out before the others do
+        self._attending, self._shown = attending, shown
         self._attempt, self._roster = (offer.round, offer.attempt), offer.roster
         self._kept.forget_all_but(offer.round)
-        return self._attending.advertise()
+        return dataclasses.replace(attending.advertise(), checkpoint=shown)
+
+    def _share(self, message: Peers) -> Shares:
+        """Share keys with those whose ledgers are not behind what was seen of them; nothing leaves if one is."""
+        attending = self._present()
+        shares = attending.share(message)
+        self._attending = None  # a ledger that is refused ends the attempt, and its keys with it
+        told = dict(zip(attending.peers, message.checkpoints, strict=True))
+        if told[self.site] != self._shown:
+            raise MessageError("The checkpoints of this attempt do not hold the one that this site showed.")
+        self._see(told)
+        self._attending = attending
+        return shares
+
+    def _see(self, told: Mapping[str, str]) -> None:
+        """Return once the witness, if there is one, has accepted and remembered these checkpoints, by site."""
+        roster = self._protection.roster
+        if self._witness is not None and roster is not None:
+            self._witness.see_all(roster.federation, {site: (roster.sites[site], told[site]) for site in told})
 
     def _contribute(self, start: Start) -> Contribution:
         """Train once per round; a further attempt at that round masks the same vector again."""
-        attending, (number, _) = self._present(), self._attempt
+        attending, (number, attempt) = self._present(), self._attempt
         self._attending = None  # whatever fails from here on ends the attempt, and its keys with it
         if len(start.adapter) != self._ring.length:
             raise AdapterError(f"An adapter of {len(start.adapter)} numbers arrived; {self._ring.length} are due.")
@@ -205,8 +264,12 @@ class Agent:
         elif self.spends.start(number) != start.adapter_digest:
             raise Refused(f"Round {number} was trained from another adapter; it is trained once, from one adapter.")
         contribution = attending.mask(vector)
+        if self._protection.retries:
+            self.spends.mask(number, attempt, vector_digest(contribution.vector.words))
+        shown = self.spends.checkpoint  # with this round's spend in it; what was shown before could be put back
+        self._see({self.site: shown})
         self._attending = attending
-        return contribution
+        return dataclasses.replace(contribution, checkpoint=shown)
 
     def _check_start(self, start: Start, number: int) -> None:
         """Return if the plan's rounds can lead to this adapter.
@@ -226,17 +289,25 @@ class Agent:
         self._check_start(start, number)
         randomness = self._randomness(number)
         self.spends.reserve(self._mechanism.spend(number, randomness.name), start.adapter_digest, self._roster)
-        delta = self._trainer.train(number, start.adapter, self._mechanism, randomness)
-        vector = encode(delta.values, self._ring, Keystream(randomness.rounding_key()))
+        untouched = 0
+        try:
+            delta = self._trainer.train(number, start.adapter, self._mechanism, randomness)
+            vector = encode(delta.values, self._ring, Keystream(randomness.rounding_key()))
+            commitment = self._kept.put(number, vector)
+        except Exception as error:
+            if isinstance(error, GivenUp):
+                untouched = self._mechanism.steps - error.steps_begun
+            self.spends.give_up(number, untouched, f"It ended with {type(error).__name__}.")
+            raise
         if self._protection.retries:
-            self.spends.bind(number, self._kept.put(number, vector))
+            self.spends.bind(number, commitment)
         return vector
 
     def _open(self, message: Signatures) -> Opening:
         """Help to open the sum. That this was done is on disk before the help leaves, and there is no second time."""
         opening = self._present().open(message)
         number = self._attempt[0]
-        self.spends.open(number)
+        self.spends.commit(number, self._trainer.evidence_of(number))
         self._attempt, self._attending = (number + 1, 0), None
         self._kept.forget_all_but(number + 1)
         return opening

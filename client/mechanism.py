@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from confide.common.adapter import Floats
 from confide.common.calibration import noise_multiplier
+from confide.common.errors import RunError
 from confide.common.plan import Privacy
 from confide.common.spend import Spend
 
@@ -95,6 +96,18 @@ class Delta:
         return f"<Delta of {len(self.values)} values>"
 
 
+class GivenUp(RunError):  # noqa: N818  what became of the round
+    """A round's training ended without a result.
+
+    Attributes:
+        steps_begun: How many of its steps may have looked at rows; all of them where that is not known.
+    """
+
+    def __init__(self, message: str, steps_begun: int) -> None:
+        self.steps_begun = steps_begun
+        super().__init__(message)
+
+
 class Trainer(Protocol):
     """What an agent needs of whatever trains for it."""
 
@@ -103,5 +116,16 @@ class Trainer(Protocol):
     start: Floats
 
     def train(self, number: int, start: Floats, mechanism: Mechanism, randomness: Randomness) -> Delta:
-        """Return what round `number` of private training made of `start`."""
+        """Return what round `number` of private training made of `start`.
+
+        Raises:
+            GivenUp: It ended without a result, and not all of its steps had begun.
+        """
+        ...
+
+    def evidence_of(self, number: int) -> bytes:
+        """Return what was measured of round `number`'s training, as canonical JSON; nothing if nothing is known of it.
+
+        It is exact, so it never leaves the site.
+        """
         ...

@@ -1,7 +1,8 @@
 """The socket between postman and agent: whole envelopes over a Unix stream, one question per connection.
 
-The agent's side greets whoever connects with the sites it serves; the caller names one of them and asks; the answer
-comes back and the connection ends. What is not such a conversation ends the connection and nothing else.
+The agent's side greets who may ask with the sites it serves; the caller names one of them and asks; the answer comes
+back and the connection ends. What is not such a conversation ends the connection and nothing else. Who may not ask is
+told nothing at all.
 
     frame   magic, then the sizes of label, body and vector (big-endian), then these three
     label   a site's name, UTF-8; empty in the greeting
@@ -11,11 +12,14 @@ comes back and the connection ends. What is not such a conversation ends the con
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
+import math
 import os
 import queue
 import socket
+import stat
 import struct
 import sys
 import tempfile
@@ -36,13 +40,18 @@ from confide.common.messages import LARGEST_BODY_BYTES, Envelope, Words
 LARGEST_WORDS = 1 << 26  # 256 MiB
 LARGEST_LABEL_BYTES = 800  # 200 characters
 LONGEST_PATH_BYTES = 103  # what every Unix allows a socket
-MOST_CONNECTIONS = 64
+MOST_CONNECTIONS = 64  # of the agent's own user, and as many of all others together
+MOST_OF_ANOTHER_USER = 32
+MOST_BYTES_OF_OTHERS = 1 << 30  # what all others together may have on its way to an answer
 
 _MAGIC = b"confide-postbox/1\n"
 _HEAD = struct.Struct(">18sHII")  # magic, label bytes, body bytes, vector words
 _CREDENTIALS = struct.Struct("iII")  # process, user, group
-_PATIENCE_S = 60.0  # how long a peer may take over a frame it has begun
+_PATIENCE_S = 60.0  # how long a peer may take until it asks, and over each frame
 _GLANCE_S = 0.2
+_COMPLAINT_S = 10.0  # strangers must not fill the log
+_SO_PEERGROUPS = 59  # Linux, since 4.13; Python does not name it
+_MOST_GROUPS = 256  # Python takes no more; who has more is known by the primary group only
 _SHORT_FOLDER = 18
 
 _log = logging.getLogger(__name__)
@@ -51,27 +60,51 @@ Answer = Callable[[Envelope], Envelope]
 
 
 class Postbox:
-    """The agent's end: a socket that takes questions from the same user's processes, while the `with` block lasts.
+    """The agent's end: a socket that takes questions while the `with` block lasts.
 
     Connections are attended by threads of their own; the answers are given by whoever calls `serve`, one at a time.
     So agents that share a model never train at once, and train in the thread they would train in without a socket.
 
+    Admitted are processes of the agent's own user and, with a group, those that were members of it when they connected,
+    as the kernel noted then. Root is no exception: it can become the agent's user, and a rule without exceptions is easier
+    to check. Where the system does not tell who calls (other than Linux), the modes of directory and socket are the only
+    door.
+
+    With `hold_s` an answer leaves at exactly that time after its question had arrived, whether it succeeded or failed. One
+    that is not ready then leaves after the next whole multiple. So from when answers come a caller learns nothing, not
+    even by asking again meanwhile, as long as nothing takes longer than `hold_s`: see to that with a deadline on training.
+    Every exchange takes at least that long then.
+
     Args:
         path: Where the socket is made, mode 0660, in a directory that others cannot enter.
         answers: Who answers, by site.
+        group: The number of the group whose members may ask too; the socket is given to it. Its directory must be open to
+            the group, mode 0750, as `Home.create` makes it.
+        hold_s: After how many seconds answers leave; 0 as soon as they are ready.
 
     Raises:
-        UsageError: The path is longer than sockets may have, or something is already there.
+        UsageError: The path is longer than sockets may have, something is already there, or the directory or the socket
+            cannot be what the group needs.
+
+    Guarantee: who is neither the agent's user nor a member of the group gets not a byte.
+    Guarantee: other users cannot keep the agent's own user from asking.
     """
 
-    def __init__(self, path: Path, answers: Mapping[str, Answer]) -> None:
+    def __init__(
+        self, path: Path, answers: Mapping[str, Answer], group: int | None = None, *, hold_s: float = 0.0
+    ) -> None:
+        if not 0 <= hold_s < math.inf:
+            raise UsageError(f"Answers cannot be held for {hold_s:g} s. Give a time of at least 0.")
         self._path = path
         self._answers = dict(answers)
+        self._group = group
+        self._hold_s = hold_s
         self._questions: queue.Queue[_Question] = queue.Queue()
-        self._open: set[socket.socket] = set()
+        self._visits: set[_Visit] = set()
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._listener = _listen(path)
+        self._complaints = _Complaints()
+        self._listener = _listen(path, group)
         self._acceptor = threading.Thread(target=self._accept, name="postbox", daemon=True)
 
     def __enter__(self) -> Self:
@@ -81,18 +114,18 @@ class Postbox:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the socket and every connection, and remove the file."""
+        """Close the socket and every connection, and remove the file; what is held is never sent."""
         self._closed.set()
         self._acceptor.join()
         self._listener.close()
         self._path.unlink(missing_ok=True)
         with self._lock:
-            for connection in self._open:
+            for visit in self._visits:
                 with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._questions.get_nowait().answer.cancel()
+                    visit.connection.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._questions.get_nowait().answer.cancel()
 
     def serve(self, timeout_s: float) -> bool:
         """Answer the next question in the calling thread; return whether one came within `timeout_s`."""
@@ -115,37 +148,85 @@ class Postbox:
         while not self._closed.is_set():
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # mostly that nobody came
+            except TimeoutError:  # nobody came
                 continue
-            with self._lock:
-                room = len(self._open) < MOST_CONNECTIONS
-                if room:
-                    self._open.add(connection)
-            if room:
-                threading.Thread(target=self._attend, args=(connection,), name="postbox-peer", daemon=True).start()
-            else:
-                _log.warning("a connection was closed: %d are open already", MOST_CONNECTIONS)
-                connection.close()
+            except OSError as error:  # such as too many open files: others must end first
+                self._complaints.log(f"no connection could be taken: {error.strerror or error}")
+                self._closed.wait(_GLANCE_S)
+                continue
+            try:
+                visit = _Visit(connection=connection, user=_admitted(connection, self._group))
+                self._let_in(visit)
+                threading.Thread(target=self._attend, args=(visit,), name="postbox-peer", daemon=True).start()
+            except (OSError, Refused, RuntimeError) as error:  # RuntimeError: no thread could be started
+                self._complaints.log(f"a connection was closed: {error}")
+                self._let_out(connection)
 
-    def _attend(self, connection: socket.socket) -> None:
+    def _let_in(self, visit: "_Visit") -> None:
+        own = visit.user == os.geteuid()
+        with self._lock:
+            beside = [other.user for other in self._visits if (other.user == os.geteuid()) == own]
+            if len(beside) >= MOST_CONNECTIONS or (not own and beside.count(visit.user) >= MOST_OF_ANOTHER_USER):
+                raise Refused(f"User {visit.user} has {beside.count(visit.user)} of {len(beside)} connections open.")
+            self._visits.add(visit)
+
+    def _let_out(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._visits = {visit for visit in self._visits if visit.connection is not connection}
+        connection.close()
+
+    def _attend(self, visit: "_Visit") -> None:
+        connection = visit.connection
         try:
-            _check_peer(connection)
             _send(connection, "", Envelope(body=canonical_bytes({"sites": sorted(self._answers)})), _PATIENCE_S)
             if not connection.recv(1, socket.MSG_PEEK):
                 return  # the caller wanted the names only
-            site, envelope = _receive(connection, _PATIENCE_S)
+            site, envelope = _receive(connection, _PATIENCE_S, lambda size: self._make_room(visit, size))
+            arrived = time.monotonic()
             if site not in self._answers:
                 raise MessageError("A question arrived for a site that is not served here.")
-            question = _Question(site=site, envelope=envelope)
-            self._questions.put(question)
-            _send(connection, site, question.answer.result(), _PATIENCE_S)
+            answer = self._asked(_Question(site=site, envelope=envelope))
+            self._hold_until_due(arrived)
+            _send(connection, site, answer.result(), _PATIENCE_S)
         except (OSError, MessageError, Refused, CancelledError) as error:
             if not self._closed.is_set():
-                _log.warning("a connection was closed: %s", str(error) or type(error).__name__)
+                self._complaints.log(f"a connection was closed: {str(error) or type(error).__name__}")
         finally:
-            with self._lock:
-                self._open.discard(connection)
-            connection.close()
+            self._let_out(connection)
+
+    def _make_room(self, visit: "_Visit", size: int) -> None:
+        """Return if a frame of so many bytes may be taken in; it counts until the connection ends."""
+        with self._lock:
+            visit.size_bytes = size
+            if visit.user != os.geteuid():
+                held = sum(other.size_bytes for other in self._visits if other.user != os.geteuid())
+                if held > MOST_BYTES_OF_OTHERS:
+                    visit.size_bytes = 0
+                    raise Refused(
+                        f"Other users have {held} bytes under way; at most {MOST_BYTES_OF_OTHERS} are allowed."
+                    )
+
+    def _asked(self, question: "_Question") -> Future[Envelope]:
+        """Return the answer, or that there is none, once that is known."""
+        with self._lock:  # closing cancels what is in the queue, and nothing enters it afterwards
+            if self._closed.is_set():
+                raise CancelledError
+            self._questions.put(question)
+        with contextlib.suppress(CancelledError):
+            question.answer.exception()  # waits, and raises only if there is no answer
+        return question.answer
+
+    def _hold_until_due(self, arrived: float) -> None:
+        """Return at the next whole multiple of `hold_s` after `arrived`.
+
+        Raises:
+            CancelledError: The postbox was closed meanwhile.
+        """
+        if self._hold_s:
+            passed = time.monotonic() - arrived
+            due = arrived + self._hold_s * max(1, math.ceil(passed / self._hold_s))
+            if self._closed.wait(max(0.0, due - time.monotonic())):
+                raise CancelledError
 
 
 def call(path: Path, site: str, envelope: Envelope, timeout_s: float) -> Envelope:
@@ -192,21 +273,72 @@ class _Question:
     answer: Future[Envelope] = dataclasses.field(default_factory=Future)
 
 
-def _listen(path: Path) -> socket.socket:
+@dataclasses.dataclass(slots=True, kw_only=True, eq=False)
+class _Visit:
+    connection: socket.socket
+    user: int
+    size_bytes: int = 0  # of its question
+
+
+class _Complaints:
+    """Warnings about callers, one in `_COMPLAINT_S` at most; the next one tells how many were left out."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next = 0.0
+        self._left_out = 0
+
+    def log(self, text: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if now < self._next:
+                self._left_out += 1
+                return
+            left_out, self._left_out, self._next = self._left_out, 0, now + _COMPLAINT_S
+        _log.warning("%s%s", text, f" ({left_out} more such were not told)" if left_out else "")
+
+
+def _listen(path: Path, group: int | None) -> socket.socket:
     if len(os.fsencode(path)) > LONGEST_PATH_BYTES:
         raise UsageError(
             f"The socket's path {path} has {len(os.fsencode(path))} bytes; at most {LONGEST_PATH_BYTES} are possible. "
             "Choose a shorter directory."
         )
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    bound = False
     try:
+        _check_folder(path.parent, group)
         listener.bind(os.fspath(path))
+        bound = True
+        if group is not None:
+            os.chown(path, -1, group)
         path.chmod(0o660)  # before listen: until then nobody can connect
         listener.listen(MOST_CONNECTIONS)
-    except OSError as error:
+    except (OSError, UsageError) as error:
         listener.close()
-        raise UsageError(f"Cannot make the socket {path}: {error.strerror or error}.") from None
+        if bound:
+            path.unlink(missing_ok=True)
+        if isinstance(error, UsageError):
+            raise
+        remedy = " Run as a member of the group, or as root." if error.errno == errno.EPERM and bound else ""
+        raise UsageError(f"Cannot make the socket {path}: {error.strerror or error}.{remedy}") from None
     return listener
+
+
+def _check_folder(folder: Path, group: int | None) -> None:
+    """Return if others cannot enter the socket's directory, and the group, if there is one, can and no more than that."""
+    status = folder.stat()
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o027:
+        raise UsageError(
+            f"{folder} has mode {mode:04o}, which lets others at the agent's socket. Mend it with: "
+            f"chmod {mode & ~0o027:04o} {folder}"
+        )
+    if group is not None and (status.st_gid != group or not mode & 0o010):
+        raise UsageError(
+            f"{folder} is not open to group {group}, whose members are to use the socket in it. Mend it with: "
+            f"chgrp {group} {folder} && chmod 0750 {folder}"
+        )
 
 
 @contextlib.contextmanager
@@ -214,14 +346,27 @@ def _called(path: Path, timeout_s: float) -> Iterator[tuple[socket.socket, tuple
     """Give a connection to `path` and the sites of the greeting."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:
-            connection.settimeout(timeout_s)
-            connection.connect(os.fspath(path))
+            _connect(connection, path, timeout_s)
             _, greeting = _receive(connection, min(timeout_s, _PATIENCE_S))
             yield connection, _greeted(greeting)
         except TimeoutError:
             raise RunError(f"The agent at {path} did not answer within {timeout_s:g} s.") from None
         except OSError as error:
             raise RunError(f"No agent answers at {path}: {error.strerror or error}. Is it running?") from None
+
+
+def _connect(connection: socket.socket, path: Path, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    connection.settimeout(timeout_s)
+    while True:
+        try:
+            connection.connect(os.fspath(path))
+        except BlockingIOError:  # many others are at the door
+            if time.monotonic() > deadline:
+                raise TimeoutError from None
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _greeted(greeting: Envelope) -> tuple[str, ...]:
@@ -234,13 +379,33 @@ def _greeted(greeting: Envelope) -> tuple[str, ...]:
     return tuple(served)
 
 
-def _check_peer(connection: socket.socket) -> None:
-    """Refuse other users. Where the system does not tell who calls, the directory's mode is the only door."""
-    if sys.platform == "linux":
-        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        _, user, _ = _CREDENTIALS.unpack(raw)
-        if user != os.getuid():
-            raise Refused(f"User {user} called; only user {os.getuid()}, who runs the agent, may.")
+def _admitted(connection: socket.socket, group: int | None) -> int:
+    """Return the user who called.
+
+    The kernel noted user and groups when the caller connected. What a process does afterwards, or who gets its number when
+    it has ended, changes nothing; that is why /proc is not asked.
+
+    Raises:
+        Refused: It is another user than the agent's, and no member of the group.
+    """
+    if sys.platform != "linux":
+        return os.geteuid()
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, user, primary = _CREDENTIALS.unpack(raw)
+    if user == os.geteuid() or (group is not None and group in (primary, *_supplementary(connection))):
+        return int(user)
+    who = f"user {os.geteuid()}, who runs the agent" + ("" if group is None else f", and members of group {group}")
+    raise Refused(f"User {user} called, and was told nothing; only {who} may.")
+
+
+def _supplementary(connection: socket.socket) -> tuple[int, ...]:
+    """Return the caller's further groups; none where the kernel is too old to tell."""
+    item = struct.Struct("I")
+    try:
+        raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * item.size)
+    except OSError:
+        return ()
+    return tuple(group for (group,) in item.iter_unpack(raw))
 
 
 def _send(connection: socket.socket, label: str, envelope: Envelope, timeout_s: float) -> None:
@@ -255,7 +420,10 @@ def _send(connection: socket.socket, label: str, envelope: Envelope, timeout_s: 
         connection.sendall(np.ascontiguousarray(words, "<u4").data.cast("B"))
 
 
-def _receive(connection: socket.socket, timeout_s: float) -> tuple[str, Envelope]:
+def _receive(
+    connection: socket.socket, timeout_s: float, make_room: Callable[[int], None] = lambda _: None
+) -> tuple[str, Envelope]:
+    """Return the label and the envelope of the next frame; `make_room` is asked before it is taken in, and may raise."""
     deadline = time.monotonic() + timeout_s
     head = bytearray(_HEAD.size)
     _fill(connection, memoryview(head), deadline)
@@ -263,6 +431,7 @@ def _receive(connection: socket.socket, timeout_s: float) -> tuple[str, Envelope
     if magic != _MAGIC:
         raise MessageError("Something arrived that is not a frame of this version. Use equal versions on both sides.")
     _check_sizes(name_bytes, body_bytes, word_count)
+    make_room(name_bytes + body_bytes + 4 * word_count)
     text = bytearray(name_bytes + body_bytes)
     _fill(connection, memoryview(text), deadline)
     words = np.empty(word_count, "<u4")

@@ -1,65 +1,70 @@
-"""A site's record of what its training cost: append-only, written to disk before the first private gradient.
+"""One run in the site's ledger: what its rounds cost, how far each went, and what may still be done with them.
 
-Beside each round's spend it remembers how far the round went: reserved before training, bound once there is a vector,
-opened before the site helps to open the sum. A round that was reserved and never bound is spent all the same.
+Beside each round's spend the ledger remembers how far the round went: reserved before training, bound once there is a
+vector, masked for each attempt, committed before the site helps to open the sum. A round that was reserved and never bound
+is spent all the same.
 """
 
-import dataclasses
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from confide.common.canonical import canonical_bytes
-from confide.common.disk import append, whole
-from confide.common.errors import PrivacyError, Refused
+from confide.client.journal import Journal
+from confide.common.crypto import keyed_digest, seal_bytes
+from confide.common.entries import Bind, Commit, Forfeit, Mask, Refund, Reserve
+from confide.common.errors import Refused
+from confide.common.ledger import BOUND, COMMITTED, RESERVED, Round
 from confide.common.spend import Spend
 
-FORMAT = "confide-spend/1"
-SEEDED = "insecure_seeded_noise"  # the one kind of draws that can be repeated
-_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, PrivacyError)
 
-
-@dataclasses.dataclass(slots=True)
-class _Round:
-    spend: Spend
-    start: str
-    roster: str
-    bound: str | None = None  # the commitment to its vector
-    opened: bool = False
-
-
-class SpendLog:
-    """Spends of one site in one run, at most one per round, each bound to the adapter that training started from.
+class Spends:
+    """A run's part of the site's ledger.
 
     Args:
-        path: The file of canonical JSON lines; created if absent. None keeps the record in memory only.
-
-    Raises:
-        PrivacyError: The file is damaged.
+        journal: The ledger.
+        run: The run's name.
+        plan: The plan's digest.
+        data: The data set that the run trains on.
+        key: 32 bytes of the site's own, with which what was measured of a round's training is sealed; what is measured is
+            not kept if it is absent.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
-        self._rounds: dict[int, _Round] = {}
-        self._broken = False
-        if path is not None and path.exists():
-            self._read(path)
+    def __init__(self, journal: Journal, *, run: str, plan: str, data: str, key: bytes = b"") -> None:
+        self._journal = journal
+        self._run = run
+        self._plan = plan
+        self._data = data
+        self._key = key
+
+    @property
+    def checkpoint(self) -> str:
+        """The newest signed checkpoint of the whole ledger, in its short form."""
+        return self._journal.checkpoint().short()
 
     @property
     def spends(self) -> tuple[Spend, ...]:
-        """All spends, in the order of rounds."""
-        return tuple(self._rounds[number].spend for number in sorted(self._rounds))
+        """What the run cost so far, in the order of rounds."""
+        return self._journal.book.spends(self._run)
+
+    @property
+    def last_attempt(self) -> tuple[int, int]:
+        """The newest round and attempt that a masked vector left for, or was about to; (0, 0) if there is none."""
+        masked = [
+            (number, known.attempt)
+            for number, known in self._journal.book.rounds(self._run).items()
+            if known.attempt >= 0 and not known.seeded
+        ]
+        return max(masked, default=(0, 0))
 
     def start(self, number: int) -> str | None:
         """Return the digest of the adapter that round was trained from, or None if it was not trained."""
-        return self._rounds[number].start if number in self._rounds else None
+        known = self._round(number)
+        return None if known is None else known.reserve.start
 
     def commitment(self, number: int) -> str | None:
         """Return the commitment to the vector of round `number`, or None if it has none."""
-        return self._rounds[number].bound if number in self._rounds else None
+        known = self._round(number)
+        return None if known is None else known.commitment or None
 
-    def admit(self, number: int, *, kept: bool, roster: str = "") -> None:
+    def admit(self, number: int, *, kept: bool, roster: str) -> None:
         """Return if the site may take part in another attempt at round `number`.
 
         Only a seeded simulation may go through a round again that it has trained or opened: it gives the same bytes.
@@ -73,19 +78,22 @@ class SpendLog:
             Refused: A later round was begun, this one's sum was opened, it was trained and its vector is gone, or it was
                 trained for a sum under another roster: under two rosters two sums could be opened.
         """
-        known = self._rounds.get(number)
-        self._check_order(number)
-        if known is None or known.spend.noise == SEEDED:
+        rounds = self._journal.book.rounds(self._run)
+        last = max(rounds, default=0)
+        if number < last:
+            raise Refused(f"Round {number} is offered after round {last}; rounds do not go back.", "rounds")
+        known = rounds.get(number)
+        if known is None or known.seeded:
             return
-        if known.opened:
+        if known.state == COMMITTED:
             raise Refused(f"The sum of round {number} was opened with this site's help; that happens once a round.")
-        if known.roster != roster:
+        if known.reserve.roster != roster:
             raise Refused(f"Round {number} was begun under another roster; it ends under the one it was begun under.")
-        if known.bound is None or not kept:
-            raise Refused(f"Round {number} was begun and its vector is gone; a round is trained once.")
+        if known.state != BOUND or not kept:
+            raise Refused(f"Round {number} was begun and its vector is gone; a round is trained once.", "rounds")
 
-    def reserve(self, spend: Spend, start: str, roster: str = "") -> None:
-        """Return once `spend` is on disk; only then may the round be trained.
+    def reserve(self, spend: Spend, start: str, roster: str) -> None:
+        """Return once `spend` is in the ledger, on disk; only then may the round be trained.
 
         A round is trained once. Only a seeded simulation may train it again, at the same cost and from the same adapter:
         its draws are the same too, so it gives the same bytes.
@@ -96,17 +104,26 @@ class SpendLog:
             roster: The digest of the roster that the round is summed under.
 
         Raises:
-            Refused: The round was reserved before, or a later one was.
-            PrivacyError: The record cannot be written; nothing may be trained.
+            Refused: The ledger does not let it in: no approval is in force, the budget has no room, or the round was
+                reserved before.
+            LedgerError: The ledger cannot be written; nothing may be trained.
         """
-        known = self._rounds.get(spend.round)
-        if known is not None and (known.spend, known.start) == (spend, start) and spend.noise == SEEDED:
-            return
-        if known is not None:
-            raise Refused(f"Round {spend.round} was reserved before; a round is trained once, from one adapter.")
-        self._check_order(spend.round)
-        self._write("reserve", "Nothing was trained.", start=start, roster=roster, **dataclasses.asdict(spend))
-        self._rounds[spend.round] = _Round(spend, start, roster)
+        self._journal.append(
+            Reserve(
+                run=self._run,
+                plan=self._plan,
+                data=self._data,
+                round=spend.round,
+                sampling_rate=spend.sampling_rate,
+                noise_multiplier=spend.noise_multiplier,
+                steps=spend.steps,
+                clip_norm=spend.clip_norm,
+                divisor=spend.divisor,
+                noise=spend.noise,
+                start=start,
+                roster=roster,
+            )
+        )
 
     def bind(self, number: int, commitment: str) -> None:
         """Return once it is on disk that round `number` has its vector; every attempt at the round masks this one.
@@ -116,96 +133,83 @@ class SpendLog:
             commitment: A salted digest of the vector.
 
         Raises:
-            PrivacyError: The record cannot be written; the vector must not be used.
+            LedgerError: The ledger cannot be written; the vector must not be used.
         """
-        self._write("bind", "The round's vector is not used.", round=number, commitment=commitment)
-        self._rounds[number].bound = commitment
+        self._journal.append(Bind(run=self._run, round=number, commitment=commitment))
 
-    def open(self, number: int) -> None:
-        """Return once it is on disk that this site helps to open the sum of round `number`.
+    def mask(self, number: int, attempt: int, digest: str) -> None:
+        """Return once it is on disk which masked vector leaves for an attempt; it costs nothing.
+
+        Args:
+            number: A round that was bound.
+            attempt: The attempt.
+            digest: Of the masked vector.
+
+        Raises:
+            LedgerError: The ledger cannot be written; the vector must not leave.
+        """
+        self._journal.append(Mask(run=self._run, round=number, attempt=attempt, digest=digest))
+
+    def commit(self, number: int, evidence: bytes = b"") -> None:
+        """Return once it is on disk that this site helps to open the sum of round `number`; nothing follows for the round.
+
+        Args:
+            number: A round that was bound.
+            evidence: What the site measured of its training. It is exact, so it is sealed and never leaves the site; in the
+                record stands a keyed digest of it.
+
+        Raises:
+            LedgerError: The ledger cannot be written; the help must not leave.
+        """
+        if not (evidence and self._key):
+            self._journal.append(Commit(run=self._run, round=number, evidence=""))
+            return
+        purpose = evidence_purpose(self._run, number)
+        digest = keyed_digest(self._key, purpose, evidence).hex()
+        sealed = seal_bytes(evidence, self._key, purpose)
+        self._journal.append(Commit(run=self._run, round=number, evidence=digest), evidence=sealed)
+
+    def give_up(self, number: int, untouched: int, reason: str) -> None:
+        """Return once it is on disk that round `number` has no vector; a round that has one, or was given up, stays as it is.
 
         Args:
             number: A round that was reserved.
+            untouched: How many of its last steps have looked at no row, for certain; these are not counted.
+            reason: Why, for the site's own people.
 
         Raises:
-            PrivacyError: The record cannot be written; the help must not leave.
+            LedgerError: The ledger cannot be written; the round counts in full.
         """
-        self._write("open", "The sum is not opened with this site's help.", round=number)
-        self._rounds[number].opened = True
-
-    def _check_order(self, number: int) -> None:
-        if number < max(self._rounds, default=0):
-            raise Refused(f"Round {number} is offered after round {max(self._rounds)}; rounds do not go back.")
-
-    def _read(self, path: Path) -> None:
-        lines = path.read_bytes().splitlines(keepends=True)
-        torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
-        for number, line in enumerate(lines, start=1):
-            try:
-                self._replay(line)
-            except _UNREADABLE:
-                raise PrivacyError(
-                    f"Line {number} of the spend record {path} is damaged, so what was spent is not known. The site must "
-                    "leave this run. An older copy of the file would let it train and open rounds a second time."
-                ) from None
-        if torn:
-            # A crash cut it short. What it announces had not begun, for that waits until the line is on disk; yet a line
-            # that lacks nothing but its end is kept, since to count too much is safe.
-            try:
-                self._replay(torn + b"\n")
-                lines.append(torn + b"\n")
-            except _UNREADABLE:
-                pass
-            with whole(path) as draft:
-                draft.write_bytes(b"".join(lines))
-
-    def _write(self, event: str, consequence: str, **fields: object) -> None:
-        if self._path is None:
+        known = self._round(number)
+        if known is None or known.state != RESERVED or known.seeded:
             return
-        if self._broken:
-            raise PrivacyError(
-                f"An earlier write to {self._path} failed. Mend the disk and start the site anew. {consequence}"
-            )
-        try:
-            append(self._path, _line({"event": event, **fields}))
-        except OSError as error:
-            self._broken = True
-            raise PrivacyError(
-                f"Cannot write the spend record {self._path}: {error.strerror or error}. {consequence}"
-            ) from None
+        if untouched:
+            self._journal.append(Refund(run=self._run, round=number, steps=untouched))
+        else:
+            self._journal.append(Forfeit(run=self._run, round=number, reason=reason))
 
-    def _replay(self, line: bytes) -> None:
-        """Take in one line of the file."""
-        fields: dict[str, Any] = json.loads(line)
-        if fields.pop("format") != FORMAT or _line(fields) != line:
-            raise ValueError
-        match fields.pop("event"):
-            case "reserve":
-                start, roster = fields.pop("start"), fields.pop("roster")
-                spend = Spend(**fields)
-                if spend.round in self._rounds:
-                    raise ValueError
-                self._rounds[spend.round] = _Round(spend, start, roster)
-            case "bind":
-                known, commitment = self._rounds[_number(fields)], fields.pop("commitment")
-                known.bound = commitment
-                if fields or not isinstance(commitment, str):
-                    raise ValueError
-            case "open":
-                self._rounds[_number(fields)].opened = True
-                if fields:
-                    raise ValueError
-            case _:
-                raise ValueError
+    def settle(self) -> None:
+        """Return once every round that was begun and never bound is written down as lost; for a site that starts anew.
+
+        Raises:
+            LedgerError: The ledger cannot be written.
+        """
+        for number, known in tuple(self._journal.book.rounds(self._run).items()):
+            if known.state == RESERVED:
+                self.give_up(number, 0, "The agent ended before the round had its vector.")
+
+    def export(self, path: Path) -> None:
+        """Write the whole ledger to a file that anyone can verify.
+
+        Raises:
+            UsageError: The file cannot be written.
+        """
+        self._journal.export(path)
+
+    def _round(self, number: int) -> Round | None:
+        return self._journal.book.rounds(self._run).get(number)
 
 
-def _line(fields: Mapping[str, object]) -> bytes:
-    return canonical_bytes({"format": FORMAT, **fields}) + b"\n"
-
-
-def _number(fields: dict[str, Any]) -> int:
-    """Take the round out of a line's fields."""
-    number = fields.pop("round")
-    if type(number) is not int:  # true is 1 to a dict
-        raise ValueError
-    return number
+def evidence_purpose(run: str, number: int) -> bytes:
+    """Return what a round's sealed evidence is bound to."""
+    return f"confide-evidence/1 run {run} round {number}\n".encode()

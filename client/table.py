@@ -27,6 +27,7 @@ LONGEST_LINE_BYTES = 16 << 20
 _ROWS_AT_ONCE = 512
 _FILES_AT_ONCE = 16  # rows whose cells may be whole files, such as images
 _MOST_NAMES_SHOWN = 30
+_MOST_COLUMNS = 10_000
 _LONGEST_NAME_SHOWN = 60
 
 # What a column may hold, by its use. An identifier is never a fraction: 7 and 7.0 would be two persons.
@@ -40,6 +41,17 @@ NUMBER: Kinds = frozenset({"text", "whole numbers", "numbers"})
 WORDS: Kinds = frozenset({"text", "lists of text"})
 WORD_LABELS: Kinds = WORDS | {"lists of whole numbers"}
 IMAGE: Kinds = frozenset({"text", "bytes", "images"})  # text is the path of a file
+
+
+class _Everything(frozenset[str]):
+    """Holds every kind, those without a name of their own included."""
+
+    def __contains__(self, kind: object) -> bool:
+        return True
+
+
+# For who only needs to see that a cell changed. What has no form of its own becomes text as Python spells it.
+EVERYTHING: Kinds = _Everything()
 
 _PYTHON_KINDS = {
     str: "text",
@@ -97,6 +109,48 @@ def read_table(path: Path, columns: Mapping[str, Kinds]) -> Iterator[Row]:
         raise DataError(f"{path} has no rows.")
 
 
+def table_columns(path: Path) -> tuple[str, ...]:
+    """Return the names of a table's columns, each once and in order; a column without a name is left out.
+
+    JSON lines are read to their end, because any line may have a key that none had before.
+
+    Raises:
+        DataError: The table cannot be read, has no columns or more than 10,000, or two have the same name.
+        MissingPackage: The reader of this format is not installed.
+    """
+    if not os.path.exists(path):
+        raise DataError(f"There is no table {path}, or it cannot be reached.")
+    names = _names(path)
+    # A first line may be somebody's row, so that no name is shown.
+    columns = tuple(dict.fromkeys(name for name in names if name))
+    if not columns:
+        raise DataError(f"{path} has no named columns. The first line of a CSV file must name them.")
+    if len(columns) > _MOST_COLUMNS:
+        raise DataError(f"{path} has more than {_MOST_COLUMNS} columns. Leave out what no plan uses.")
+    if len(columns) < sum(map(bool, names)):
+        raise DataError(f"{path} has two columns of the same name, or no header. Name each column once.")
+    return columns
+
+
+def _names(path: Path) -> list[str]:
+    if path.is_dir():
+        return list(_saved_dataset(path).features.arrow_schema.names)
+    match path.name.lower().removesuffix(".gz").rpartition(".")[2]:
+        case "csv" | "tsv" as form:
+            records = _records(path, "," if form == "csv" else "\t")
+            return next((fields for _, fields in records if fields), [])
+        case "jsonl" | "ndjson":
+            keys: dict[str, None] = {}
+            for line, text in enumerate(_lines(path), start=1):
+                if not text.isspace() and len(keys) <= _MOST_COLUMNS:
+                    keys.update(dict.fromkeys(_parsed(path, line, text)))
+            return list(keys)
+        case "parquet" if path.suffix.lower() == ".parquet":
+            with _parquet_file(path) as file:
+                return list(file.schema_arrow.names)
+    raise _unknown_format(path)
+
+
 def _opened(path: Path, columns: Mapping[str, Kinds]) -> Iterator[Row]:
     if path.is_dir():
         return _read_saved(path, columns)
@@ -109,7 +163,11 @@ def _opened(path: Path, columns: Mapping[str, Kinds]) -> Iterator[Row]:
             return _read_jsonl(path, columns)
         case "parquet" if path.suffix.lower() == ".parquet":
             return _read_parquet(path, columns)
-    raise DataError(f"{path} is of no format that can be read. Known are {_FORMATS}.")
+    raise _unknown_format(path)
+
+
+def _unknown_format(path: Path) -> DataError:
+    return DataError(f"{path} is of no format that can be read. Known are {_FORMATS}.")
 
 
 def _read_csv(path: Path, columns: Mapping[str, Kinds], delimiter: str) -> Iterator[Row]:
@@ -262,17 +320,26 @@ def _decoded(path: Path, number: int, offset: int, raw: bytes) -> str:
 
 
 def _read_parquet(path: Path, columns: Mapping[str, Kinds]) -> Iterator[Row]:
-    pyarrow, parquet = _package("pyarrow"), _package("pyarrow.parquet")
-    try:
-        file = parquet.ParquetFile(path, memory_map=True)
-    except (OSError, pyarrow.ArrowException):
-        raise DataError(f"{path} is not Parquet, or is damaged or encrypted. Write it anew.") from None
-    with file:
+    with _parquet_file(path) as file:
         batches = file.iter_batches(batch_size=_rows_at_once(columns), columns=list(columns))
         yield from _arrow_rows(path, file.schema_arrow, batches, columns)
 
 
+def _parquet_file(path: Path) -> Any:  # noqa: ANN401  pyarrow has no types
+    pyarrow, parquet = _package("pyarrow"), _package("pyarrow.parquet")
+    try:
+        return parquet.ParquetFile(path, memory_map=True)
+    except (OSError, pyarrow.ArrowException):
+        raise DataError(f"{path} is not Parquet, or is damaged or encrypted. Write it anew.") from None
+
+
 def _read_saved(path: Path, columns: Mapping[str, Kinds]) -> Iterator[Row]:
+    saved = _saved_dataset(path)
+    batches = saved.with_format("arrow").iter(batch_size=_rows_at_once(columns))
+    yield from _arrow_rows(path, saved.features.arrow_schema, batches, columns)
+
+
+def _saved_dataset(path: Path) -> Any:  # noqa: ANN401  datasets has no types
     pyarrow, datasets = _package("pyarrow"), _package("datasets")
     if not any(os.path.isfile(path / name) for name in ("state.json", "dataset_dict.json")):
         raise DataError(f"The directory {path} is no saved dataset. Known are {_FORMATS}.")
@@ -287,8 +354,7 @@ def _read_saved(path: Path, columns: Mapping[str, Kinds]) -> Iterator[Row]:
                 "Give the directory of one split."
             )
         saved = next(iter(saved.values()))
-    batches = saved.with_format("arrow").iter(batch_size=_rows_at_once(columns))
-    yield from _arrow_rows(path, saved.features.arrow_schema, batches, columns)
+    return saved
 
 
 def _rows_at_once(columns: Mapping[str, Kinds]) -> int:
@@ -392,7 +458,7 @@ def _arrow_cells(array: Any, names: list[str] | None) -> Sequence[Cell | None]: 
         return [_class_name(value, names) for value in values]
     if is_a.is_binary(array.type) or is_a.is_large_binary(array.type) or is_a.is_binary_view(array.type):
         return list(values)
-    if is_a.is_struct(array.type):
+    if _arrow_kind(array.type) == "images":
         return [None if value is None else value["bytes"] or value.get("path") for value in values]
     if is_a.is_float32(array.type) or is_a.is_float16(array.type):
         # The shortest spelling of 0.1 in single precision is 0.1; widened to double it would be 0.10000000149.

@@ -7,6 +7,7 @@ and is taken and counted as any other.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,7 @@ def train(
     training: Training,
     randomness: Randomness,
     number: int = 1,
+    before_step: Callable[[int], None] | None = None,
 ) -> tuple[Delta, Evidence]:
     """Return what round `number` of private training made of `start`.
 
@@ -53,6 +55,7 @@ def train(
         training: Optimizer and learning rates.
         randomness: Fresh for this round.
         number: The round's number, from 1; some methods train other factors in other rounds.
+        before_step: Called with each step's number, from 1, before the step draws persons or looks at a row.
 
     Guarantee: the delta is post-processing of `mechanism.steps` Poisson-subsampled Gaussian mechanisms of sensitivity
     clip_norm per person, whatever the data; `mechanism.spend` is its cost.
@@ -65,7 +68,9 @@ def train(
     before = {name: model.trainable[name].detach().clone() for name in active}
     optimizer = _optimizer(model, active, training)
     sizes, clipped, non_finite = [], 0, 0
-    for _ in range(mechanism.steps):
+    for step in range(1, mechanism.steps + 1):
+        if before_step is not None:
+            before_step(step)
         persons = drawn(randomness, mechanism.sampling_rate, gradients.person_count)
         if mechanism.private:
             total = gradients.clipped_sum(persons, mechanism.clip_norm, active)

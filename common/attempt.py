@@ -10,6 +10,7 @@ import functools
 import hashlib
 import struct
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Self
 
 from confide.common.canonical import canonical_bytes
@@ -145,13 +146,21 @@ class Gathering:
     neighbours: Mapping[int, tuple[int, ...]]
 
     @classmethod
-    def of(cls, attempt: Attempt, adapter: str, advertisements: Mapping[int, bytes]) -> Self:
+    def of(
+        cls,
+        attempt: Attempt,
+        adapter: str,
+        advertisements: Mapping[int, bytes],
+        checkpoints: Mapping[int, str] = MappingProxyType({}),
+    ) -> Self:
         """Return the gathering of these advertisements, each verified before.
 
         Args:
             attempt: The attempt.
             adapter: The adapter's digest.
             advertisements: Public keys and signature, by place.
+            checkpoints: What each site showed of its ledger, by place; nothing if absent. No context holds them: each is
+                signed for itself, and what they say is for witnesses to judge.
         """
         told = b"".join(places([place]) + advertisements[place] for place in sorted(advertisements))
         ctx = hashlib.sha256(_label("context") + attempt.pre + adapter.encode() + b"\n" + told).digest()
@@ -161,7 +170,12 @@ class Gathering:
             attempt=attempt,
             adapter=adapter,
             public={place: advertisements[place][: attempt.public_bytes] for place in sorted(advertisements)},
-            message=Peers(context=attempt.pre.hex(), adapter=adapter, advertisements=told),
+            message=Peers(
+                context=attempt.pre.hex(),
+                adapter=adapter,
+                advertisements=told,
+                checkpoints=tuple(checkpoints.get(place, "") for place in sorted(advertisements)),
+            ),
             ctx=ctx,
             neighbours=_neighbourhoods(tuple(sorted(advertisements)), attempt.connections.neighbours, seed),
         )
@@ -233,7 +247,7 @@ def read_gathering(attempt: Attempt, message: Peers, verify: Verifier, place: in
 
     Raises:
         MessageError: The message belongs to another attempt, or an advertisement is malformed, forged or repeated, or
-            the reader's own is not among them.
+            the reader's own is not among them, or checkpoints are not one for each.
     """
     if message.context != attempt.pre.hex():
         raise MessageError("The advertisements of another attempt arrived.")
@@ -241,10 +255,15 @@ def read_gathering(attempt: Attempt, message: Peers, verify: Verifier, place: in
     advertisements = read_records(message.advertisements, size, attempt)
     if advertisements.get(place) != own:
         raise MessageError("The advertisements of this attempt do not hold the one that this site sent.")
+    if len(message.checkpoints) != len(advertisements):
+        raise MessageError(
+            f"{len(message.checkpoints)} checkpoints arrived with {len(advertisements)} advertisements; one is due with each."
+        )
     for peer, keys in advertisements.items():
         if peer != place:
             read_advertisement(attempt, peer, keys, verify)
-    gathering = Gathering.of(attempt, message.adapter, advertisements)
+    told = dict(zip(advertisements, message.checkpoints, strict=True))
+    gathering = Gathering.of(attempt, message.adapter, advertisements, told)
     keys_told = [key for peer in gathering.public for key in (gathering.box_key(peer), gathering.mask_key(peer))]
     if len(set(keys_told)) < len(keys_told):
         raise MessageError("Two advertisements of this attempt hold the same key.")

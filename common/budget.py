@@ -1,16 +1,18 @@
 """What-if questions about a plan's privacy: what it costs with other numbers, and what a budget leaves.
 
-Everything follows from the plan's numbers and, where a site asks for itself, from its record of spends.
+Everything follows from the plan's numbers and, where a site asks for itself, from its ledger.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from confide.common.accounting import Cost, cost, planned_spend
 from confide.common.calibration import noise_multiplier
 from confide.common.errors import UsageError
 from confide.common.filter import MOST_EPSILON, Filter, order_for
+from confide.common.ledger import read_export, verify
 from confide.common.plan import Plan, Privacy
 from confide.common.settings import read_section
 from confide.common.spend import Spend
@@ -143,6 +145,29 @@ def left(found: WhatIf, budget: float, spent: Sequence[Spend] = ()) -> Left:
         rounds=rounds,
         declared_rounds=declared,
     )
+
+
+def spent_before(export: Path, account: str | None = None) -> tuple[Spend, ...]:
+    """Return what was charged to an account in its present period, by an exported ledger, which is verified.
+
+    Args:
+        export: The file, such as `sites/NAME.jsonl` of a simulation's run.
+        account: The account's number; the only one there is if absent.
+
+    Raises:
+        UsageError: The file cannot be read, or it is not clear which account is meant.
+        LedgerError: The ledger does not hold, so what was spent is not known.
+    """
+    lines, checkpoint = read_export(export)
+    book = verify(lines, checkpoint)
+    if account is None and len(book.accounts) == 1:
+        (account,) = book.accounts
+    if account not in book.accounts:
+        raise UsageError(
+            f"The ledger {export} has the accounts {', '.join(book.accounts) or 'of nobody'}. Choose one with --account."
+        )
+    assert account is not None
+    return book.charged(account, book.accounts[account].period)
 
 
 def _declared_rounds(found: WhatIf, budget: float, spent: Sequence[Spend], known: int) -> int:

@@ -1,19 +1,23 @@
 """Keys, signatures, sealed messages and keystreams: the only file that imports `cryptography`.
 
 Nothing is invented here. Each function is one published primitive with its choices made: Ed25519, X25519, HKDF-SHA256,
-AES-256-GCM, ML-KEM-768, HPKE and STREAM. Every check raises. A key, nonce or signature of a wrong length is a
-MessageError if another party sent it and a UsageError if this program passed it; neither ever holds a secret.
+AES-256-GCM, ML-KEM-768, HPKE, STREAM, HMAC-SHA256 and PKCS#8 with PBES2. Every check raises. A key, nonce or signature
+of a wrong length is a MessageError if another party sent it and a UsageError if this program passed it; neither ever
+holds a secret.
 
 Private keys show the fingerprint of their public key and nothing else; they cannot be pickled or copied, and they equal
 only themselves. Python cannot wipe memory: a key is gone when its last reference is and its memory is used again.
 """
 
+import base64
 import functools
+import hmac
 import io
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, Final, NoReturn, Self
+from typing import BinaryIO, Final, NoReturn, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +30,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 
 from confide.common.canonical import sha256
 from confide.common.errors import MessageError, SealError, UsageError
@@ -53,6 +58,10 @@ CHUNK_BYTES = 1 << 20
 DELIVERY_FORMAT = b"confide-delivery/1\n"
 SEALED_FORMAT = b"confide-sealed/1\n"
 _SALT_BYTES = 16
+LEAST_PASSPHRASE_BYTES = 15
+MOST_PASSPHRASE_BYTES = 1023  # OpenSSL reads no longer ones
+PASSPHRASE_ROUNDS = 600_000
+LARGEST_KEY_FILE_BYTES = 1 << 12
 
 
 class Identity:
@@ -245,6 +254,21 @@ def derive(secret: bytes, info: bytes, length: int = KEY_BYTES) -> bytes:
     return HKDF(algorithm=SHA256(), length=length, salt=None, info=info).derive(secret)
 
 
+def keyed_digest(key: bytes, *parts: bytes) -> bytes:
+    """Return 32 bytes that stand for `parts`, and that nobody can compute or check without `key`.
+
+    Before each part stands its length, 8 bytes, big-endian; so no other parts give the same bytes.
+
+    Args:
+        key: 32 uniform bytes.
+        parts: Any bytes.
+
+    Source: RFC 2104, with SHA-256.
+    """
+    told = b"".join(len(part).to_bytes(8) + part for part in parts)
+    return hmac.digest(_ours("A digest's key", key, KEY_BYTES), told, "sha256")
+
+
 def seal(key: bytes, nonce: bytes, plaintext: bytes, bound: bytes) -> bytes:
     """Return `plaintext`, encrypted and authenticated together with `bound`; it is SEAL_BYTES longer.
 
@@ -399,6 +423,102 @@ def unseal_bytes(sealed: bytes, key: bytes, purpose: bytes) -> bytes:
     return target.getvalue()
 
 
+_Key = TypeVar("_Key", Identity, AgreementKey)
+
+
+def key_to_file(
+    key: Identity | AgreementKey,
+    passphrase: bytes,
+    *,
+    insecure_no_passphrase: bool = False,
+    entropy: Entropy = os.urandom,
+) -> bytes:
+    """Return what a key's file holds: the private key as PKCS#8 in PEM, and after it the public key.
+
+    The private key is encrypted by PBES2: AES-256-CBC under PBKDF2 with HMAC-SHA256, PASSPHRASE_ROUNDS iterations and
+    a salt of 16 bytes. It is assembled here because the library's own choice has 2048 iterations: a graphics processor
+    tries millions of passphrases a second against these. Other programs read the file all the same. CBC does not show
+    damage; the public key does, and whoever has no passphrase can still tell whose key it is. An agreement key is
+    written clamped (RFC 7748, section 5): `secret` of the key that is read may differ in the five bits that agreement
+    ignores.
+
+    Args:
+        key: The key.
+        passphrase: LEAST_PASSPHRASE_BYTES to MOST_PASSPHRASE_BYTES.
+        insecure_no_passphrase: Without encryption; the passphrase is empty then. Whoever reads the file has the key.
+        entropy: Gives salt and initialisation vector, 32 bytes.
+
+    Raises:
+        UsageError: The passphrase is too short or too long, or it is given or missing against the word.
+
+    Source: RFC 5958, section 2; RFC 8018, sections 5.2 and 6.2; RFC 8410, sections 4 and 7; RFC 7468, sections 10, 11
+    and 13; the least length is that of NIST SP 800-63B-4, section 3.1.1.2, for a password that stands alone.
+    """
+    _check_word(passphrase, insecure_no_passphrase=insecure_no_passphrase)
+    plain = _private_form(type(key), key._key.private_bytes_raw())
+    if insecure_no_passphrase:
+        return _key_file(plain, encrypted=False, public=_public_form(type(key), key.public))
+    if not LEAST_PASSPHRASE_BYTES <= len(passphrase) <= MOST_PASSPHRASE_BYTES:
+        raise UsageError(
+            f"The passphrase has {len(passphrase)} bytes; {LEAST_PASSPHRASE_BYTES} to {MOST_PASSPHRASE_BYTES} are needed. "
+            "Take five words drawn by dice, or let a password keeper make one."
+        )
+    drawn = _ours("A salt and an initialisation vector", entropy(2 * _SALT_BYTES), 2 * _SALT_BYTES)
+    salt, start = drawn[:_SALT_BYTES], drawn[_SALT_BYTES:]
+    cipher = _passphrase_cipher(passphrase, salt, start).encryptor()
+    sealed = cipher.update(plain + _PADDING) + cipher.finalize()
+    return _key_file(_encrypted_form(salt, start, sealed), encrypted=True, public=_public_form(type(key), key.public))
+
+
+def key_from_file(raw: bytes, kind: type[_Key], passphrase: bytes, *, insecure_no_passphrase: bool = False) -> _Key:
+    """Return the key in `raw`, which `key_to_file` made in this one spelling; PKCS#8 of other programs is not taken.
+
+    Args:
+        raw: The file's content.
+        kind: Identity or AgreementKey.
+        passphrase: As at writing.
+        insecure_no_passphrase: Take a key that is not encrypted; the passphrase is empty then.
+
+    Raises:
+        SealError: The passphrase is another, the file is damaged, or it holds a key of another kind.
+        UsageError: The key is encrypted and no passphrase is given, or it is not and one is, or the word is missing.
+
+    Guarantee: a key file with any bit turned over is refused.
+    """
+    private, encrypted, public = _read_key_file(raw, kind)
+    if encrypted and not passphrase:
+        raise UsageError(f"The key {_fingerprint(public)} is encrypted. Give its passphrase.")
+    if not encrypted and passphrase:
+        raise UsageError(
+            f"The key {_fingerprint(public)} is not encrypted, but a passphrase is given. Check that the file is the "
+            "right one; if it is, whoever could read it has the key."
+        )
+    _check_word(passphrase, insecure_no_passphrase=insecure_no_passphrase)
+    plain = private
+    if encrypted:
+        salt, start, sealed = (private[place] for place in _encrypted_places())
+        cipher = _passphrase_cipher(passphrase, salt, start).decryptor()
+        plain = (cipher.update(sealed) + cipher.finalize()).removesuffix(
+            _PADDING
+        )  # with another it stays, and is too long
+    key = kind(plain[-KEY_BYTES:])
+    if key.public != public or plain != _private_form(kind, plain[-KEY_BYTES:]):
+        raise SealError(
+            f"The private key of {_fingerprint(public)} does not open: the passphrase is another, or the file is damaged. "
+            "Give the passphrase the key was made with, or take the file from a backup."
+        )
+    return key
+
+
+def public_in_file(raw: bytes, kind: type[Identity | AgreementKey]) -> bytes:
+    """Return the public key, 32 bytes, that a file of `key_to_file` names; no passphrase is needed, and nothing proven.
+
+    Raises:
+        SealError: It is not a file of a key of this kind.
+    """
+    return _read_key_file(raw, kind)[2]
+
+
 class Scratch:
     """The buffers that keystreams are produced in, used over and over; one per thread.
 
@@ -538,6 +658,114 @@ def _read(source: BinaryIO, size: int) -> bytes:
     while len(data) < size and (more := source.read(size - len(data))):
         data += more
     return data
+
+
+# The object identifiers of RFC 8018 and RFC 8410, as the standard's DER has them.
+_PBES2, _PBKDF2 = bytes.fromhex("06092a864886f70d01050d"), bytes.fromhex("06092a864886f70d01050c")
+_HMAC_SHA256, _AES_256_CBC = bytes.fromhex("06082a864886f70d02090500"), bytes.fromhex("060960864801650304012a")
+_NAMES: dict[type[Identity | AgreementKey], bytes] = {
+    Identity: bytes.fromhex("06032b6570"),
+    AgreementKey: bytes.fromhex("06032b656e"),
+}
+_PADDING = bytes([16]) * 16  # of CBC, after the three whole blocks of a private key's form
+_KEY_FILE = re.compile(
+    rb"-----BEGIN (ENCRYPTED )?PRIVATE KEY-----\n([A-Za-z0-9+/=\n]{1,1000})-----END (?:ENCRYPTED )?PRIVATE KEY-----\n"
+    rb"-----BEGIN PUBLIC KEY-----\n([A-Za-z0-9+/=\n]{1,100})-----END PUBLIC KEY-----\n"
+)
+
+
+def _read_key_file(raw: bytes, kind: type[Identity | AgreementKey]) -> tuple[bytes, bool, bytes]:
+    """Return the private part's DER, whether it is encrypted, and the public key; the spelling is checked."""
+    found = _KEY_FILE.fullmatch(raw) if len(raw) <= LARGEST_KEY_FILE_BYTES else None
+    if found is None:
+        raise SealError(
+            f"These {len(raw)} bytes are not a key file: a private and a public key in PEM, as Confide writes them, stand "
+            "in it and nothing else. Check that the path is the right one, or take the file from a backup."
+        )
+    encrypted = found[1] is not None
+    private, public = _from_base64(found[2]), _from_base64(found[3])
+    key = public[-PUBLIC_BYTES:]
+    if encrypted:
+        expected = _encrypted_form(*(private[place] for place in _encrypted_places()))
+    else:
+        expected = _private_form(kind, private[-KEY_BYTES:])
+    one_spelling = private == expected and public == _public_form(kind, key)
+    if not one_spelling or _key_file(private, encrypted=encrypted, public=public) != raw:
+        raise SealError(
+            f"A key file of {len(raw)} bytes is damaged, or holds a key of another kind than {kind.__name__}. Check that "
+            "the path is the right one, or take the file from a backup."
+        )
+    return private, encrypted, key
+
+
+def _passphrase_cipher(passphrase: bytes, salt: bytes, start: bytes) -> Cipher[modes.CBC]:
+    stretching = PBKDF2HMAC(algorithm=SHA256(), length=KEY_BYTES, salt=salt, iterations=PASSPHRASE_ROUNDS)
+    return Cipher(algorithms.AES256(stretching.derive(passphrase)), modes.CBC(start))
+
+
+def _key_file(private: bytes, *, encrypted: bool, public: bytes) -> bytes:
+    return _pem(b"ENCRYPTED PRIVATE KEY" if encrypted else b"PRIVATE KEY", private) + _pem(b"PUBLIC KEY", public)
+
+
+def _pem(name: bytes, der: bytes) -> bytes:
+    text = base64.b64encode(der)
+    lines = b"".join(text[at : at + 64] + b"\n" for at in range(0, len(text), 64))
+    return b"-----BEGIN " + name + b"-----\n" + lines + b"-----END " + name + b"-----\n"
+
+
+def _from_base64(text: bytes) -> bytes:
+    try:
+        return base64.b64decode(text)
+    except ValueError:
+        return b""  # which is no key's form
+
+
+def _private_form(kind: type[Identity | AgreementKey], secret: bytes) -> bytes:
+    """Return a private key's DER, 48 bytes (RFC 8410, section 7)."""
+    return _der(0x30, b"\x02\x01\x00", _der(0x30, _NAMES[kind]), _der(0x04, _der(0x04, _one_secret(kind, secret))))
+
+
+def _one_secret(kind: type[Identity | AgreementKey], secret: bytes) -> bytes:
+    """Return the secret, clamped for X25519: damage to bits that it ignores would change what is derived from it."""
+    if kind is Identity or len(secret) != KEY_BYTES:
+        return secret
+    return bytes([secret[0] & 0xF8, *secret[1:31], secret[31] & 0x7F | 0x40])
+
+
+def _public_form(kind: type[Identity | AgreementKey], public: bytes) -> bytes:
+    """Return a public key's DER, 44 bytes (RFC 8410, section 4)."""
+    return _der(0x30, _der(0x30, _NAMES[kind]), _der(0x03, b"\0", public))
+
+
+def _encrypted_form(salt: bytes, start: bytes, sealed: bytes) -> bytes:
+    """Return an encrypted private key's DER (RFC 5958, section 3, with the parameters of RFC 8018, appendix A)."""
+    rounds = _der(0x02, PASSPHRASE_ROUNDS.to_bytes(3))
+    stretching = _der(0x30, _PBKDF2, _der(0x30, _der(0x04, salt), rounds, _der(0x30, _HMAC_SHA256)))
+    cipher = _der(0x30, _AES_256_CBC, _der(0x04, start))
+    return _der(0x30, _der(0x30, _PBES2, _der(0x30, stretching, cipher)), _der(0x04, sealed))
+
+
+@functools.cache
+def _encrypted_places() -> tuple[slice, slice, slice]:
+    """Return where salt, initialisation vector and encrypted key stand in the form, whose lengths never change."""
+    marks = b"S" * 16, b"I" * 16, b"K" * 64
+    form = _encrypted_form(*marks)
+    salt, start, sealed = (slice(form.index(mark), form.index(mark) + len(mark)) for mark in marks)
+    return salt, start, sealed
+
+
+def _der(tag: int, *parts: bytes) -> bytes:
+    content = b"".join(parts)
+    return bytes([tag, *([] if len(content) < 128 else [0x81]), len(content)]) + content
+
+
+def _check_word(passphrase: bytes, *, insecure_no_passphrase: bool) -> None:
+    if insecure_no_passphrase and passphrase:
+        raise UsageError("A passphrase is given beside insecure_no_passphrase. Leave one of the two out.")
+    if not insecure_no_passphrase and not passphrase:
+        raise UsageError(
+            "No passphrase is given for a private key. Give one, or say insecure_no_passphrase if the disk alone guards it."
+        )
 
 
 def _aes(key: bytes) -> AESGCM:

@@ -5,6 +5,7 @@ was spent before. The order must be fixed before anything is spent; two function
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 from typing import Self
@@ -54,7 +55,7 @@ class Filter:
         if not 0 < self.epsilon <= MOST_EPSILON:
             raise PrivacyError(f"The budget epsilon = {self.epsilon:g} is outside its range (above 0, at most 100).")
         if not self.spent >= 0:
-            raise PrivacyError(f"A filter cannot have spent {self.spent}; it must be 0 or more.")
+            raise _impossible(self.spent)
         if self.order == 0:
             object.__setattr__(self, "order", _roomiest(self.epsilon, self.delta, np.array(RDP_ORDERS, np.float64)))
         if self.order not in RDP_ORDERS:
@@ -73,7 +74,7 @@ class Filter:
     @property
     def left(self) -> float:
         """How much of the budget's epsilon is left; negative if more was spent than it allows."""
-        return self.epsilon - self._conversion - self.spent
+        return self.room - self.spent
 
     @property
     def at_any_stop(self) -> float:
@@ -117,11 +118,40 @@ class Filter:
         spent = self.spent
         for spend in spends:
             spent = math.nextafter(spent + self._divergence(spend), math.inf)
-        return dataclasses.replace(self, spent=spent)
+        return self._with(spent)
+
+    def without(self, spend: Spend) -> Self:
+        """Return the filter with `spend` taken back, which was counted and touched no data.
+
+        Guarantee: never less than what the other spends come to, whatever rounding does.
+
+        Raises:
+            PrivacyError: The filter has spent less than that.
+        """
+        given_back = math.nextafter(self._divergence(spend), 0.0)
+        return self._with(math.nextafter(self.spent - given_back, math.inf))
+
+    def exhausted(self) -> Self:
+        """Return the filter with its whole budget spent, and more if more was."""
+        return self._with(max(self.spent, math.nextafter(self.room, math.inf)))
+
+    @property
+    def room(self) -> float:
+        """The Rényi divergence that the whole budget has room for."""
+        return self.epsilon - self._conversion
 
     @property
     def _conversion(self) -> float:
-        return float(conversion(self.order, self.delta))
+        return _conversion_at(self.order, self.delta)
+
+    def _with(self, spent: float) -> Self:
+        """Return the filter with another `spent`; the rest was checked before, and a ledger does this 10⁵ times."""
+        if not spent >= 0:
+            raise _impossible(spent)
+        changed = object.__new__(type(self))
+        for name, value in (("epsilon", self.epsilon), ("delta", self.delta), ("order", self.order), ("spent", spent)):
+            object.__setattr__(changed, name, value)
+        return changed
 
     def _divergence(self, spend: Spend) -> float:
         vector = renyi_divergence(spend.sampling_rate, spend.noise_multiplier)
@@ -138,6 +168,15 @@ def best_order(privacy: Privacy) -> int:
 def order_for(epsilon: float, delta: float, spend: Spend) -> int:
     """Return the Rényi order at which a budget of (epsilon, delta) has room for the most spends like this one."""
     return _roomiest(epsilon, delta, renyi_divergence(spend.sampling_rate, spend.noise_multiplier))
+
+
+@functools.lru_cache(maxsize=1024)
+def _conversion_at(order: int, delta: float) -> float:
+    return float(conversion(order, delta))
+
+
+def _impossible(spent: float) -> PrivacyError:
+    return PrivacyError(f"A filter cannot have spent {spent}; it must be 0 or more.")
 
 
 def _roomiest(epsilon: float, delta: float, divergence: Vector) -> int:

@@ -97,21 +97,36 @@ class Offer:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Advertisement:
-    """Site to server: the public keys of this attempt, signed."""
+    """Site to server: the public keys of this attempt, signed, and how far the site's ledger has come.
+
+    Attributes:
+        context: What the attempt is.
+        keys: Public keys and signature.
+        checkpoint: The newest checkpoint of the site's ledger in its short form; empty where there is no ledger.
+    """
 
     kind: ClassVar[str] = "advertisement"
     context: str
     keys: bytes
+    checkpoint: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Peers:
-    """Server to site: everybody's advertisements, and which adapter the round starts from."""
+    """Server to site: everybody's advertisements, and which adapter the round starts from.
+
+    Attributes:
+        context: What the attempt is.
+        adapter: The adapter's digest.
+        advertisements: Place, public keys and signature of each site that advertised, in the order of their places.
+        checkpoints: The checkpoints that came with them, in the same order.
+    """
 
     kind: ClassVar[str] = "peers"
     context: str
-    adapter: str  # the adapter's digest
+    adapter: str
     advertisements: bytes
+    checkpoints: Names = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,11 +155,18 @@ class Start:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Contribution:
-    """Site to server: a vector for the sum."""
+    """Site to server: a vector for the sum.
+
+    Attributes:
+        context: The attempt, with everybody's keys.
+        vector: The vector.
+        checkpoint: The newest checkpoint of the site's ledger, in which the round's spend is; empty where there is none.
+    """
 
     kind: ClassVar[str] = "contribution"
     context: str
     vector: MaskedVector
+    checkpoint: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,10 +215,16 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> Self:
-        """Return what may leave a site of `error`: its class if it is ours, a fixed sentence, and a rule's name."""
-        known = type(error) if isinstance(error, ConfideError) else ConfideError
+        """Return what may leave a site of `error`: its class in `common/errors`, a fixed sentence, and a rule's name."""
+        kinds = (kind for kind in type(error).__mro__ if kind.__module__ == ConfideError.__module__)
+        known = next(kinds, ConfideError) if isinstance(error, ConfideError) else ConfideError
         rule = error.rule if isinstance(error, Refused) else ""
         return cls(error=known.__name__, sentence=_sentence(known, rule))
+
+    @property
+    def rule(self) -> str:
+        """The rule that a refusal follows from, one of `RULES`, or nothing."""
+        return next((rule for rule in RULES if self.sentence == _sentence(Refused, rule)), "")
 
 
 Message = (

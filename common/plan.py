@@ -9,14 +9,13 @@ import dataclasses
 import functools
 import re
 import string
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from confide.common.canonical import canonical_bytes, sha256
 from confide.common.errors import PlanError, UsageError
 from confide.common.graph import COMPLETE, COMPLETE_UP_TO, SEMI_HONEST
-from confide.common.settings import Meaning, holds_control, read_section, setting, shown, toml_value
+from confide.common.settings import Meaning, holds_control, read_section, read_tree, setting, shown, toml_value
 
 FORMAT = "confide-plan/1"
 LARGEST_PLAN_BYTES = 1 << 20
@@ -46,7 +45,6 @@ _USUAL_COLUMNS = {
     MASKED: ("text",),
 }
 FFA, ALTERNATE, FEDIT, SHARE_A, R_ONLY = "ffa", "alternate", "fedit", "share-a", "r-only"
-_MOST_DOTS = 100  # in one key; the parser's time grows with their square
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -429,18 +427,10 @@ def read_plan(raw: bytes) -> Plan:
     """
     if len(raw) > LARGEST_PLAN_BYTES:
         raise PlanError(f"The plan has {len(raw)} bytes, and may have at most {LARGEST_PLAN_BYTES}.")
-    if max((line.split(b"=")[0].count(b".") for line in raw.split(b"\n")), default=0) > _MOST_DOTS:
-        raise PlanError("The plan is nested too deeply to be one.")
     try:
-        tree = tomllib.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise PlanError(f"The plan is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise PlanError(f"The plan is not valid TOML: {error}.") from None
-    except RecursionError:
-        raise PlanError("The plan is nested too deeply to be one.") from None
-    except ValueError:  # Python reads no number of more than 4300 digits
-        raise PlanError("The plan holds a number of too many digits to be read.") from None
+        tree = read_tree(raw, subject="The plan", kind="one")
+    except ValueError as error:
+        raise PlanError(str(error)) from None
     problems = list(_head_faults(tree))
     sections: dict[str, object] = {}
     for name, section in _SECTIONS.items():

@@ -103,7 +103,10 @@ def budget(
     ] = None,
     spent: Annotated[
         Path | None,
-        typer.Option(help="A site's record of spends (sites/NAME.jsonl), counted before the budget.", metavar="FILE"),
+        typer.Option(help="A site's exported ledger, whose spends count before the budget.", metavar="FILE"),
+    ] = None,
+    account: Annotated[
+        str | None, typer.Option(help="Which of that ledger's accounts, if it has several.", metavar="N")
     ] = None,
     spent_rounds: Annotated[
         int | None, typer.Option(help="So many rounds of the plan count as spent before the budget.")
@@ -120,17 +123,18 @@ def budget(
 ) -> None:
     """Say what a plan costs after each stretch of rounds, what else it could cost, and what a budget leaves."""
     from confide.common.accounting import planned_spend
-    from confide.common.budget import what_if
+    from confide.common.budget import spent_before, what_if
     from confide.common.budget_figure import draw
     from confide.common.budget_report import report
-    from confide.common.spend import read_spent
 
     found = load_plan(plan)
     if limit is None and (spent is not None or spent_rounds is not None):
         raise UsageError("--spent and --spent-rounds count under a budget. Give one with --budget E.")
+    if account is not None and spent is None:
+        raise UsageError("--account chooses within a ledger. Give one with --spent FILE.")
     if spent_rounds is not None and not 1 <= spent_rounds <= 100_000:
         raise UsageError(f"--spent-rounds {spent_rounds} is outside its range (1 to 100000).")
-    spends = list(read_spent(spent)) if spent is not None else []
+    spends = list(spent_before(spent, account)) if spent is not None else []
     spends += [planned_spend(found.privacy)] * (spent_rounds or 0)
     asked = what_if(
         found, epsilon=epsilon, noise=noise, rounds=rounds, steps_per_round=steps, sampling_rate=sampling_rate

@@ -63,6 +63,7 @@ from confide.common.messages import (
     Contribution,
     Floats,
     MaskedVector,
+    Names,
     Opening,
     Peers,
     Shares,
@@ -128,7 +129,8 @@ class SiteSide:
         """Return a sealed box of shares for each neighbour, once every advertisement was verified.
 
         Raises:
-            MessageError: An advertisement is malformed, forged or repeated, or this site's own is not among them.
+            MessageError: An advertisement is malformed, forged or repeated, or this site's own is not among them, or
+                checkpoints are not one for each.
             Refused: Too few sites advertised.
         """
         with self._step("share", then="admit") as keys:
@@ -146,6 +148,11 @@ class SiteSide:
             ]
             commitment = gathering.commitment(self._place, keys.seed)
             return Shares(context=gathering.ctx.hex(), sealed=commitment + b"".join(boxes))
+
+    @property
+    def peers(self) -> Names:
+        """The sites that advertised, this one included, in the order of their places; known once it has shared."""
+        return tuple(self._attempt.offer.cohort[place] for place in self._gathering.public)
 
     def admit(self, message: Start) -> None:
         """Return if training may begin: enough peers have sealed a box to this site in this very context.
@@ -282,6 +289,7 @@ class ServerSide:
 
     For each exchange it takes the sites' answers one by one, in any order, and then gives the next exchange's message.
     An answer that does not fit raises MessageError and leaves everything as it was, so that the site is simply missing.
+    The checkpoints of ledgers that come with advertisements it hands on unread.
 
     Args:
         attempt: The attempt.
@@ -295,6 +303,7 @@ class ServerSide:
         self._check = check
         self._public: set[bytes] = set()
         self._advertised: dict[int, bytes] = {}
+        self._checkpoints: dict[int, str] = {}
         self._gathering: Gathering
         self._commitments: dict[int, bytes] = {}
         self._inboxes: dict[int, dict[int, bytes]] = {}  # by receiver, then by sender
@@ -320,10 +329,11 @@ class ServerSide:
             encapsulate(message.keys[2 * PUBLIC_BYTES : attempt.public_bytes])
         self._public |= {box, pair}
         self._advertised[place] = message.keys
+        self._checkpoints[place] = message.checkpoint
 
     def peers(self) -> Peers:
         """Return what every site that advertised is sent next."""
-        self._gathering = Gathering.of(self._attempt, self._adapter, self._advertised)
+        self._gathering = Gathering.of(self._attempt, self._adapter, self._advertised, self._checkpoints)
         return self._gathering.message
 
     def shared(self, site: str, message: Shares) -> None:

@@ -6,12 +6,14 @@ its error messages, the commented starter file and the reference page.
 
 import dataclasses
 import math
+import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, TypeVar
 
 Section = TypeVar("Section")
+_MOST_DOTS = 100  # in one key; the parser's time grows with their square
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,32 @@ def setting(
         example=example,
     )
     return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
+def read_tree(raw: bytes, *, subject: str, kind: str) -> dict[str, Any]:
+    """Return the tree of a TOML file's bytes.
+
+    Args:
+        raw: The bytes; their number is for the caller to limit.
+        subject: What begins a sentence about them, such as `The plan`.
+        kind: What they should be, such as `one` or `a policy`.
+
+    Raises:
+        ValueError: They are no TOML, or such as takes the parser too long; the message is a sentence for the person who
+            wrote it.
+    """
+    if max((line.split(b"=")[0].count(b".") for line in raw.split(b"\n")), default=0) > _MOST_DOTS:
+        raise ValueError(f"{subject} is nested too deeply to be {kind}.")
+    try:
+        return tomllib.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{subject} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{subject} is not valid TOML: {error}.") from None
+    except RecursionError:
+        raise ValueError(f"{subject} is nested too deeply to be {kind}.") from None
+    except ValueError:  # Python reads no number of more than 4300 digits
+        raise ValueError(f"{subject} holds a number of too many digits to be read.") from None
 
 
 def read_section(section: type[Section], name: str, raw: Mapping[str, object], problems: list[str]) -> Section | None:

@@ -6,15 +6,11 @@ because a site's noise is not drawn from the exact law.
 """
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
-from confide.common.canonical import canonical_bytes
-from confide.common.errors import PrivacyError, UsageError
+from confide.common.errors import PrivacyError
 
 # A site's noise is not drawn from the exact law, but from one this close to it in total variation (`client/noise`).
 DISTANCE_PER_DRAW = 2.0**-300
@@ -26,7 +22,6 @@ RESERVED_FOR_NOISE = 1e-9
 LEAST_NOISE_COUNTED = 1e-6
 # Cost falls with noise and grows with the sampling rate. What lies beyond these is counted as if it were at them.
 _MOST_NOISE_COUNTED, _LEAST_RATE_COUNTED = 1e6, 1e-12
-_RECORD_FORMAT = "confide-spend/1"  # what `client/spends` writes
 
 Mechanisms = tuple[tuple[float, float, int], ...]  # (sampling rate, noise multiplier, steps)
 
@@ -98,50 +93,3 @@ def checked(delta: float) -> float:
 def reserved(delta: float) -> float:
     """Return what is left of delta after the noise sampler's part."""
     return delta * (1 - RESERVED_FOR_NOISE)
-
-
-def read_spent(path: Path) -> tuple[Spend, ...]:
-    """Return the spends in a site's record, such as `sites/NAME.jsonl` of a simulation's run.
-
-    Raises:
-        UsageError: The file cannot be read.
-        PrivacyError: It is damaged, so what was spent is not known.
-    """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"Cannot read the spend record {path}: {error.strerror or error}.") from None
-    lines = raw.split(b"\n")
-    torn = lines.pop()  # a crash cut it short; what it announces had not begun, unless it lacks nothing but its end
-    spends: dict[int, Spend] = {}
-    for number, line in enumerate([*lines, torn] if torn else lines, start=1):
-        try:
-            spend = _reserved_by(line)
-            if spend is not None and spend.round in spends:
-                raise ValueError
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, PrivacyError):
-            if torn and number == len(lines) + 1:
-                break
-            raise PrivacyError(
-                f"Line {number} of the spend record {path} is damaged, so what was spent is not known. Give the record as "
-                "the site wrote it."
-            ) from None
-        if spend is not None:
-            spends[spend.round] = spend
-    return tuple(spends[number] for number in sorted(spends))
-
-
-def _reserved_by(line: bytes) -> Spend | None:
-    """Return the spend that a line of the record reserves, or None if the line is about something else."""
-    fields: dict[str, Any] = json.loads(line)
-    if fields["format"] != _RECORD_FORMAT or canonical_bytes(fields) != line:
-        raise ValueError
-    del fields["format"]
-    if fields.pop("event") != "reserve":
-        return None
-    del fields["start"], fields["roster"]
-    whole = {key: type(fields[key]) is int for key in ("round", "steps")}
-    real = {key: type(fields[key]) in {int, float} for key in ("sampling_rate", "noise_multiplier")}
-    if not all((whole | real).values()):
-        raise ValueError
-    return Spend(**fields)

@@ -1,4 +1,4 @@
-"""The pages of the reference that follow from the code: commands, plan keys, exit codes, and one page per module.
+"""The pages of the reference that follow from the code: commands, keys of plan and policy, exit codes, one page per module.
 
 Commands come from the command line itself. Modules are read, not imported, so the documentation needs none of the
 libraries that Confide trains with.
@@ -10,12 +10,13 @@ import inspect
 import re
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import typer.main
 
+from confide.client import policy
 from confide.common import cli, errors, plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +32,7 @@ def write_reference(directory: Path) -> None:
     pages = {
         "cli.md": cli_page(),
         "plan.md": plan_page(),
+        "policy.md": policy_page(),
         "exit-codes.md": exit_code_page(),
         "code.md": code_page(),
     }
@@ -70,10 +72,16 @@ def cli_page() -> str:
 
 
 def groups() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield (group, its purpose, its commands by name) for every group of the command line."""
+    """Yield (group, its purpose, its commands by name) for every group of the command line, then for those within it."""
     for group, (module, _, purpose) in cli._GROUPS.items():
-        command: Any = typer.main.get_command(importlib.import_module(module).app)
-        yield group, purpose, command.commands
+        yield from _within(group, purpose, typer.main.get_command(importlib.import_module(module).app))
+
+
+def _within(name: str, purpose: str, group: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:  # noqa: ANN401  click's
+    nested = {key: command for key, command in group.commands.items() if hasattr(command, "commands")}
+    yield name, purpose, {key: command for key, command in group.commands.items() if key not in nested}
+    for key, command in nested.items():
+        yield from _within(f"{name} {key}", _text(command.help), command)
 
 
 def _command(name: str, command: Any) -> list[str]:  # noqa: ANN401  click has no types of its own here
@@ -123,14 +131,30 @@ def plan_page() -> str:
         "Then follow the sections below. An unknown key is an error. The digest that a site approves covers",
         "every key but those in `[compute]`.",
     ]
+    return "\n".join([*lines, *_keys(plan.reference())]) + "\n"
+
+
+def policy_page() -> str:
+    """Return the page of all keys of a policy."""
+    lines = [
+        "# Policy keys",
+        "",
+        f'A policy is a TOML file on the site\'s own disk that begins with `format = "{policy.FORMAT}"` and with `site`, the',
+        "site's name. Then follow the sections below. An unknown key is an error, and so is a limit that is missing; a",
+        "list that is missing allows nothing. What each is for is told in [The policy](../../explanation/policy.md).",
+    ]
+    return "\n".join([*lines, *_keys(policy.reference())]) + "\n"
+
+
+def _keys(rows: Iterable[tuple[str, str, str, str, str]]) -> Iterator[str]:
+    """Spell a table for each section."""
     last = ""
-    for section, key, default, limit, says in plan.reference():
+    for section, key, default, limit, says in rows:
         if section != last:
-            lines += ["", f"## `[{section}]`", "", "| key | default | range | meaning |", "|---|---|---|---|"]
+            yield from ("", f"## `[{section}]`", "", "| key | default | range | meaning |", "|---|---|---|---|")
             last = section
         shown = default if default in {"required", "absent"} else f"`{default}`"
-        lines.append(f"| `{key}` | {_cell(shown)} | {_cell(limit)} | {_cell(says)} |")
-    return "\n".join(lines) + "\n"
+        yield f"| `{key}` | {_cell(shown)} | {_cell(limit)} | {_cell(says)} |"
 
 
 def exit_code_page() -> str:

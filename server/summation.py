@@ -1,5 +1,6 @@
 """How the sites' vectors become their sum: what one attempt at a round asks of them, exchange by exchange."""
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,11 +30,13 @@ from confide.common.plan import Plan
 from confide.common.ring import RingLayout, RingSum, check_sum
 from confide.common.roster import Roster
 from confide.common.secagg import ServerSide
+from confide.common.witness import Witness
 
 SILENT = "no answer"
 
 _log = logging.getLogger(__name__)
 _M = TypeVar("_M", bound=Message)
+_S = TypeVar("_S", Advertisement, Contribution)  # what shows a checkpoint
 
 
 class Channel(Protocol):
@@ -132,12 +135,17 @@ class SecureSummation:
         roster: The federation's roster.
         coordinator: The key that signs offers; its public half is on the roster.
         check: Verifies signatures.
+        witness: Remembers how far each site's ledger had come, before it trains and when its vector arrives; a site whose
+            ledger has gone back is not in the sum. With None nobody looks, and sites need no ledger.
     """
 
-    def __init__(self, roster: Roster, coordinator: Identity, check: Verifier = verify) -> None:
+    def __init__(
+        self, roster: Roster, coordinator: Identity, check: Verifier = verify, witness: Witness | None = None
+    ) -> None:
         self.roster = roster
         self.coordinator = coordinator
         self._check = check
+        self._witness = witness
 
     def collect(self, channel: Channel, task: Task) -> Collected:
         """Return what one attempt at the sum gave; it needs five exchanges and a quorum in each."""
@@ -147,19 +155,20 @@ class SecureSummation:
         talk = Conversation(channel, task.cohort, attempt.floor)
         total, void = None, ""
         try:
-            talk.ask("advertise", lambda _: offer, Advertisement, side.advertised, task.answer_s, attempt.gathered)
+            with self._witnessed(side.advertised) as advertised:
+                talk.ask("advertise", lambda _: offer, Advertisement, advertised, task.answer_s, attempt.gathered)
             peers = side.peers()
             talk.ask("share", lambda _: peers, Shares, side.shared, task.answer_s)
-            talk.ask(
-                "contribute", partial(side.start, adapter=task.adapter), Contribution, side.contributed, task.training_s
-            )
+            start = partial(side.start, adapter=task.adapter)
+            with self._witnessed(side.contributed) as contributed:
+                talk.ask("contribute", start, Contribution, contributed, task.training_s)
             survivors, present = side.survivors(), talk.present
             talk.ask("confirm", lambda _: survivors, Confirmation, side.confirmed, task.answer_s)
             signatures = side.signatures()
             talk.ask("open", lambda _: signatures, Opening, side.opened, task.answer_s)
             total = side.total()
             check_sum(total)
-        except MessageError as error:
+        except (MessageError, Refused) as error:
             total, present, void = None, (), str(error)
         return Collected(
             summation=SEMI_HONEST if attempt.connections.graph == SEMI_HONEST else "secure_aggregation",
@@ -171,6 +180,24 @@ class SecureSummation:
             bytes_up=talk.bytes_up,
             bytes_down=talk.bytes_down,
         )
+
+    @contextlib.contextmanager
+    def _witnessed(self, take: Callable[[str, _S], None]) -> Iterator[Callable[[str, _S], None]]:
+        """Give what takes an answer if the ledger it shows is not behind what was seen; in the end all are remembered."""
+        told: dict[str, tuple[bytes, str]] = {}
+
+        def weighed(site: str, message: _S) -> None:
+            if self._witness is not None:
+                shown = self.roster.sites[site], message.checkpoint
+                self._witness.weigh(self.roster.federation, site, *shown)
+                told[site] = shown  # the site signed it, so it counts even if the rest of its answer is no good
+            take(site, message)
+
+        try:
+            yield weighed
+        finally:
+            if self._witness is not None:  # on disk before any site hears more, and if too few answered as well
+                self._witness.see_all(self.roster.federation, told)
 
     def _attempt(self, task: Task) -> Attempt:
         offer = task.offer(self.roster.digest)
@@ -237,7 +264,7 @@ class Conversation:
             exchange: The exchange's name.
             question: Gives a site's message; the same object for all is sealed once.
             kind: The class of message that is due.
-            take: Takes a site's answer; a MessageError it raises loses the site and nothing else.
+            take: Takes a site's answer; a MessageError or a refusal that it raises loses the site and nothing else.
             timeout_s: How long to wait for answers.
             least: How many must be left after this exchange, if more than after each.
 
@@ -285,7 +312,7 @@ def _taken(site: str, answer: Envelope, kind: type[_M], take: Callable[[str, _M]
         if isinstance(message, Failure):
             return message.error
         take(site, expect(message, kind))
-    except MessageError as error:
+    except (MessageError, Refused) as error:
         _log.warning("site %s was lost: %s", site, error)
         return type(error).__name__
     return ""

@@ -1,16 +1,18 @@
 """How a simulated federation sums: with keys of its own, made for this process, or without any protection."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Self
 
 from confide.client.agent import Protection
 from confide.client.membership import Membership
-from confide.common.crypto import Identity
+from confide.common.crypto import Entropy, Identity
 from confide.common.graph import SEMI_HONEST
 from confide.common.plan import Plan
 from confide.common.ring import RingLayout
 from confide.common.roster import Roster, read_roster
+from confide.common.witness import Witness
 from confide.server.summation import SecureSummation, Summation
 from confide.simulations.insecure import PLAIN_SUM, InsecurePlainSum
 from confide.simulations.setting import check_choices
@@ -31,10 +33,10 @@ class Enrolment:
     identities: Mapping[str, Identity]
 
     @classmethod
-    def of(cls, sites: Sequence[str]) -> Self:
-        """Return the enrolment of these sites, with fresh keys."""
-        admin, coordinator = Identity.generate(), Identity.generate()
-        identities = {site: Identity.generate() for site in sites}
+    def of(cls, sites: Sequence[str], entropy: Entropy = os.urandom) -> Self:
+        """Return the enrolment of these sites, with keys drawn from `entropy`, fresh ones if absent."""
+        admin, coordinator = Identity.generate(entropy), Identity.generate(entropy)
+        identities = {site: Identity.generate(entropy) for site in sites}
         roster = Roster(
             federation="simulation",
             epoch=1,
@@ -63,24 +65,27 @@ class Sums:
     Attributes:
         summation: The server's.
         protections: The sites', by name.
+        identities: The keys that sign the sites' ledgers, by name.
     """
 
     summation: Summation
     protections: Mapping[str, Protection]
+    identities: Mapping[str, Identity]
 
     @classmethod
-    def of(cls, name: str, plan: Plan, ring: RingLayout, sites: Sequence[str]) -> Self:
-        """Return both ends of the summation of that name.
+    def of(cls, name: str, plan: Plan, ring: RingLayout, sites: Sequence[str], entropy: Entropy = os.urandom) -> Self:
+        """Return both ends of the summation of that name, with keys drawn from `entropy`.
 
         Raises:
             UsageError: There is none of that name.
         """
+        check_choices(summation=name)
+        enrolment = Enrolment.of(sites, entropy)
         if name == PLAIN_SUM:
             plain = InsecurePlainSum()
-            return cls(summation=plain, protections=dict.fromkeys(sites, plain))
-        check_choices(summation=name)
-        enrolment = Enrolment.of(sites)
+            return cls(summation=plain, protections=dict.fromkeys(sites, plain), identities=enrolment.identities)
         return cls(
-            summation=SecureSummation(enrolment.roster, enrolment.coordinator),
+            summation=SecureSummation(enrolment.roster, enrolment.coordinator, witness=Witness()),
             protections={site: enrolment.member(site, plan, ring) for site in sites},
+            identities=enrolment.identities,
         )

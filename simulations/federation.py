@@ -9,21 +9,26 @@ from confide.client.agent import Agent, Protection
 from confide.client.conformance import Certificate
 from confide.client.mechanism import Randomness
 from confide.client.noise import CRYPTOGRAPHIC, CryptographicNoise
+from confide.client.persons import declared
 from confide.client.private_trainer import PrivateTrainer
-from confide.client.spends import SEEDED, SpendLog
+from confide.client.spends import Spends
 from confide.common.bounds import ring_layout
+from confide.common.crypto import Identity
+from confide.common.entries import SEEDED
 from confide.common.examples import Examples
 from confide.common.messages import Envelope
 from confide.common.model import AdaptedModel
 from confide.common.plan import Plan
 from confide.common.prefix import PrefixCache
 from confide.common.ring import RingLayout
+from confide.common.witness import Witness
 from confide.server.aggregate import ServerState
 from confide.server.rounds import Run, run_rounds
 from confide.server.store import RoundRecord, Store
-from confide.simulations.enrolment import Sums
+from confide.simulations.enrolment import Enrolment, Sums
 from confide.simulations.insecure import InsecureSeededNoise
 from confide.simulations.setting import check_choices
+from confide.simulations.vaults import DATA, kept_entropy, open_ledger
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,41 +66,65 @@ class Federation:
         """The plan of the run."""
         return self.model.plan
 
+    @property
+    def ring(self) -> RingLayout:
+        """How updates are written as integers."""
+        return ring_layout(self.plan, self.model.layout, self.model.head)
+
     def begin(self, directory: Path) -> tuple[Run, dict[str, Agent]]:
-        """Return what the server runs, and one agent per site; their spends are recorded under `directory`.
+        """Return what the server runs, and one agent per site; their ledgers and keys are kept under `directory`.
 
         Raises:
             UsageError: There is no summation or no noise of that name.
         """
         check_choices(noise=self.noise)
-        ring = ring_layout(self.plan, self.model.layout, self.model.head)
-        sums = Sums.of(self.summation, self.plan, ring, sorted(self.sites))
+        names = tuple(sorted(self.sites))
+        sums = Sums.of(self.summation, self.plan, self.ring, names, kept_entropy(directory))
         run = Run(
             name=self.name,
             plan=self.plan,
             layout=self.model.layout,
-            ring=ring,
-            sites=tuple(sorted(self.sites)),
+            ring=self.ring,
+            sites=names,
             summation=sums.summation,
         )
-        return run, {site: self._agent(site, directory, ring, sums.protections[site]) for site in run.sites}
+        return run, {
+            site: self._agent(site, directory, sums.protections[site], sums.identities[site]) for site in names
+        }
 
-    def _agent(self, site: str, directory: Path, ring: RingLayout, protection: Protection) -> Agent:
+    def agents(self, directory: Path, enrolment: Enrolment) -> dict[str, Agent]:
+        """Return one agent per site for a federation that others belong to as well."""
+        return {
+            site: self._agent(site, directory, enrolment.member(site, self.plan, self.ring), enrolment.identities[site])
+            for site in self.sites
+        }
+
+    def _agent(self, site: str, directory: Path, protection: Protection, identity: Identity) -> Agent:
         def randomness(number: int) -> Randomness:
             if self.noise == CRYPTOGRAPHIC:
                 return CryptographicNoise()
             return InsecureSeededNoise(self.seed, f"{self.purpose}/{site}", number)
 
+        persons = declared(self.sites[site].person_count)
+        journal = open_ledger(
+            directory / f"{site}.ledger",
+            site=site,
+            identity=identity,
+            plan=self.plan,
+            run=self.name,
+            declared_persons=persons,
+        )
         return Agent(
             site=site,
             run=self.name,
             plan=self.plan,
             trainer=PrivateTrainer(self.certificate, self.sites[site], self.cache, personal_folder(directory, site)),
-            declared_persons=declared(self.sites[site].person_count),
-            ring=ring,
+            declared_persons=persons,
+            ring=self.ring,
             randomness=randomness,
             protection=protection,
-            spends=SpendLog(directory / f"{site}.jsonl"),
+            spends=Spends(journal, run=self.name, plan=self.plan.digest, data=DATA),
+            witness=None if protection.roster is None else Witness(),
         )
 
 
@@ -146,9 +175,3 @@ class InProcessChannel:
         for site, message in messages.items():
             if site not in absent:
                 yield site, self._agents[site].answer(message)
-
-
-def declared(persons: int) -> int:
-    """Return the number of persons a site makes public: two leading digits, rounded down."""
-    unit = 10 ** max(0, len(str(persons)) - 2)
-    return int(persons // unit * unit)

@@ -36,6 +36,7 @@ from confide.common.messages import Envelope
 from confide.common.plan import load_plan
 from confide.common.ring import RingLayout
 from confide.common.roster import parse_roster
+from confide.common.witness import Witness
 from confide.server.aggregate import ServerState
 from confide.server.app import GridChannel
 from confide.server.rounds import Run, run_rounds, status_of
@@ -189,7 +190,8 @@ def _spelled(summation: Summation) -> dict[str, str] | None:
 def _summation(fields: dict[str, str] | None) -> Summation:
     if fields is None:
         return InsecurePlainSum()
-    return SecureSummation(parse_roster(fields["roster"].encode()), Identity(bytes.fromhex(fields["key"])))
+    coordinator = Identity(bytes.fromhex(fields["key"]))
+    return SecureSummation(parse_roster(fields["roster"].encode()), coordinator, witness=Witness())
 
 
 # Flower's SuperLink, which ends with all below it when its input does: when we close it, or however we end.

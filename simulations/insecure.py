@@ -9,14 +9,15 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from confide.client.spends import SEEDED
 from confide.common.canonical import canonical_bytes
+from confide.common.entries import SEEDED
 from confide.common.errors import MessageError, Refused
 from confide.common.messages import (
     Advertisement,
     Confirmation,
     Contribution,
     MaskedVector,
+    Names,
     Offer,
     Opening,
     Peers,
@@ -26,6 +27,7 @@ from confide.common.messages import (
     Survivors,
 )
 from confide.common.ring import RingSum, RingVector, check_sum
+from confide.common.roster import Roster
 from confide.server.summation import Channel, Collected, Conversation, Task
 
 PLAIN_SUM = "insecure_plain_sum"
@@ -40,6 +42,7 @@ class InsecurePlainSum:
     """
 
     retries = False  # what was sent in the clear need not be sent again
+    roster: Roster | None = None  # anybody may take part
 
     def attend(self, offer: Offer) -> "InsecureUnmasked":
         """Return the site's part in the attempt that `offer` begins."""
@@ -86,6 +89,8 @@ class InsecurePlainSum:
 
 class InsecureUnmasked:
     """A site's part in a sum that nothing hides."""
+
+    peers: Names = ()  # it learns of none
 
     def __init__(self, context: str) -> None:
         self._context = context

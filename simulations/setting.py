@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 from confide.client.noise import CRYPTOGRAPHIC
-from confide.client.spends import SEEDED
 from confide.common.base import files_digest
 from confide.common.disk import whole
+from confide.common.entries import SEEDED
 from confide.common.errors import RunError, UsageError
 from confide.common.plan import load_plan
 from confide.simulations.insecure import PLAIN_SUM

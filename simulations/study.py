@@ -18,6 +18,7 @@ from confide.client.agent import Agent
 from confide.client.conformance import Certificate, certify
 from confide.client.mechanism import Mechanism
 from confide.client.personal import Personal
+from confide.client.persons import declared
 from confide.client.private_trainer import PrivateTrainer
 from confide.common.accounting import planned_cost
 from confide.common.adapter import Floats
@@ -34,7 +35,7 @@ from confide.server.evaluate import evaluate
 from confide.server.publish import Claim, claim, publish, weakened
 from confide.server.store import RoundRecord, Store
 from confide.simulations.cohort import read_cohort
-from confide.simulations.federation import Engine, Federation, declared, personal_folder, run_in_process
+from confide.simulations.federation import Engine, Federation, personal_folder, run_in_process
 from confide.simulations.insecure import InsecureSeededNoise
 from confide.simulations.setting import check_choices, read_setting
 from confide.simulations.shelf import Shelf
@@ -93,6 +94,7 @@ class Study:
         self.cache = self._prefix(shelf.cache(self.model))
         self._store = Store(directory)
         self._history: list[dict[str, object]] = []
+        self._spent: dict[str, list[dict[str, object]]] = {}
 
     def run(self) -> dict[str, object]:
         """Do what is not done yet, and return the contents of `run.json`."""
@@ -159,6 +161,12 @@ class Study:
                 "The run failed: in no round did enough sites take part. Each site's reason is in "
                 f"{directory}/rounds; the full one is in this program's log."
             )
+        for site, agent in agents.items():
+            agent.spends.export(directory / "sites" / f"{site}.jsonl")
+        if model is self.model:
+            self._spent = {
+                site: [dataclasses.asdict(spend) for spend in agent.spends.spends] for site, agent in agents.items()
+            }
         claims = {
             site: claim(agent.spends.spends, self.plan.privacy, [r.round for r in store.records if site in r.present])
             for site, agent in agents.items()
@@ -262,7 +270,6 @@ class Study:
 
     def _write(self, scores: Mapping[str, object], status: str, claims: Mapping[str, Claim]) -> dict[str, object]:
         plan, records = self.plan, self._store.records
-        spends = {site: _spends(self.directory / "sites" / f"{site}.jsonl") for site in self.cohort.sites}
         result: dict[str, object] = {
             "format": RUN_FORMAT,
             "status": status,
@@ -295,7 +302,7 @@ class Study:
             "skipped": dict(self.cohort.skipped),
             "history": self._history,
             "round_records": [dataclasses.asdict(record) for record in records],
-            "spends": spends,
+            "spends": self._spent,
             "setting": json.loads((self.directory / "setting.json").read_bytes()),
             "adapter": str(self.directory / "adapter"),
         }
@@ -332,12 +339,6 @@ def _engine(name: str) -> Engine:
         return run_through_flower
     check_choices(engine=name)
     return run_in_process
-
-
-def _spends(path: Path) -> list[dict[str, object]]:
-    from confide.client.spends import SpendLog
-
-    return [dataclasses.asdict(spend) for spend in SpendLog(path).spends]
 
 
 def _label_counts(examples: Examples, plan: Plan) -> dict[str, int]:

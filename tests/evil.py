@@ -24,7 +24,7 @@ from confide.client.agent import Agent
 from confide.client.kept import Kept
 from confide.client.mechanism import Delta, Mechanism, Randomness
 from confide.client.membership import Membership
-from confide.client.spends import SpendLog
+from confide.client.spends import Spends
 from confide.common.adapter import Floats, Layout
 from confide.common.attempt import LEAST_SITES, PROTOCOL, Attempt, Gathering, places
 from confide.common.canonical import canonical_bytes
@@ -61,6 +61,7 @@ from confide.server.store import RoundRecord
 from confide.server.summation import Channel, Collected, SecureSummation, Task
 from confide.simulations.enrolment import Enrolment
 from confide.simulations.scenarios import scenario
+from confide.simulations.vaults import DATA, open_ledger
 from tests.cohorts import EXCHANGES
 
 LAYOUT = Layout.of({"B": (2, 2), "head": (1,)})
@@ -122,6 +123,10 @@ class Wandering:
         self.trained += 1
         self.dies()
         return Delta(values=(randomness.words(LAYOUT.length) / 2**64 - 0.5).astype(np.float32))
+
+    def evidence_of(self, number: int) -> bytes:
+        """Return nothing: nothing is measured."""
+        return b""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -185,6 +190,14 @@ class Hospital:
 
     def restart(self) -> None:
         """Start the site's agent as a new process would."""
+        ledger = open_ledger(
+            self.disk("ledger"),
+            site=self.site,
+            identity=self._protection.identity,
+            plan=self._protection.plan,
+            run=self._run,
+            declared_persons=PERSONS,
+        )
         self.agent = Agent(
             site=self.site,
             run=self._run,
@@ -194,7 +207,7 @@ class Hospital:
             ring=self._protection.ring,
             randomness=lambda number: Draws(),
             protection=self._protection,
-            spends=SpendLog(self.disk("spends.jsonl")),
+            spends=Spends(ledger, run=self._run, plan=self._protection.plan.digest, data=DATA),
             kept=self.kept(),
         )
 
@@ -370,6 +383,7 @@ class Play:
         self.offer = offer
         self.attempt = server.begun(offer)
         self.advertised: dict[int, bytes] = {}
+        self.checkpoints: dict[int, str] = {}
         self.boxes: dict[bytes, dict[int, dict[int, bytes]]] = {}  # by context, sender and receiver
         self.signatures: dict[tuple[bytes, bytes], dict[int, bytes]] = {}  # by context and survivors
 
@@ -396,12 +410,13 @@ class Play:
         for site, answer in answers.items():
             if isinstance(answer, Advertisement):
                 self.advertised[self.place(site)] = answer.keys
+                self.checkpoints[self.place(site)] = answer.checkpoint
         return answers
 
     def gathering(self, adapter: Floats = START, of: Iterable[str] | None = None) -> Gathering:
         """Return the context of these sites' advertisements, all by default, and an adapter."""
         told = self.advertised if of is None else {self.place(site): self.advertised[self.place(site)] for site in of}
-        return Gathering.of(self.attempt, vector_digest(adapter), told)
+        return Gathering.of(self.attempt, vector_digest(adapter), told, self.checkpoints)
 
     def share(self, gathering: Gathering, sites: Iterable[str] | None = None) -> dict[str, Message]:
         """Have these sites and all puppets share in that context."""

@@ -237,8 +237,8 @@ def test_the_command_page_shows_every_command_and_option(monkeypatch: pytest.Mon
 
     page = generate.cli_page()
 
-    for group in cli._GROUPS:
-        for name, command in _group(group).commands.items():
+    for group, _, commands in generate.groups():
+        for name, command in commands.items():
             chapter = page.partition(f"### `confide {group} {name}`")[2].partition("\n##")[0]
             for parameter in command.params:
                 word = parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar
@@ -264,12 +264,14 @@ def _unknown_in(command: str) -> Iterator[str]:
     if words[0] not in cli._GROUPS:
         yield f"{command}: no group {words[0]}"
         return
-    commands = _group(words[0]).commands
-    if len(words) > 1 and words[1] not in commands:
-        yield f"{command}: no command {words[1]}"
-    elif len(words) > 1:
-        known = {"--help", *(o for p in commands[words[1]].params for o in (*p.opts, *p.secondary_opts))}
-        yield from (f"{command}: no option {word}" for word in words[2:] if word.startswith("--") and word not in known)
+    called, words = _group(words[0]), words[1:]
+    while words and hasattr(called, "commands"):
+        if words[0] not in called.commands:
+            yield f"{command}: no command {words[0]}"
+            return
+        called, words = called.commands[words[0]], words[1:]
+    known = {"--help", *(o for p in called.params for o in (*p.opts, *p.secondary_opts))}
+    yield from (f"{command}: no option {word}" for word in words if word.startswith("--") and word not in known)
 
 
 def _group(name: str) -> Any:

@@ -18,7 +18,6 @@ from confide.client.conformance import Certificate
 from confide.client.gradients import GRID_BITS, ClippedSum, PersonGradients
 from confide.client.mechanism import Mechanism
 from confide.client.private_trainer import PrivateTrainer
-from confide.client.spends import SpendLog
 from confide.client.trainer import train
 from confide.common.bounds import ring_layout
 from confide.common.examples import Examples, Ints
@@ -27,6 +26,7 @@ from confide.common.model import AdaptedModel
 from confide.common.ring import RingLayout
 from confide.common.spend import Spend
 from confide.simulations.insecure import InsecurePlainSum, InsecureSeededNoise
+from tests.ledgers import spends_of
 
 FALSE_ALARM = 1e-6  # of each statistical fact, if what it is about is sound
 
@@ -137,7 +137,7 @@ def logged_and_executed(
         ring=ring,
         randomness=lambda number: InsecureSeededNoise(5, "north", number),
         protection=InsecurePlainSum(),
-        spends=SpendLog(),
+        spends=spends_of(model.plan, "tiny", persons=examples.person_count),
     )
     clipped_sum = PersonGradients.clipped_sum
 
@@ -150,8 +150,8 @@ def logged_and_executed(
         for number in range(1, model.plan.privacy.rounds + 1):
             taken = open_envelope(agent.answer(seal(_offer(model, ring, number))))
             assert isinstance(taken, Advertisement)
-            done = agent.answer(seal(Start(context=taken.context, inbox=b"", adapter=model.start)))
-            assert isinstance(open_envelope(done), Contribution)
+            done = open_envelope(agent.answer(seal(Start(context=taken.context, inbox=b"", adapter=model.start))))
+            assert isinstance(done, Contribution), f"round {number} was not trained: {done}"
     return agent.spends.spends, len(looked)
 
 

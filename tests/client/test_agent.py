@@ -1,9 +1,11 @@
 """What a site does with what it is sent."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -17,12 +19,16 @@ import pytest
 
 from confide.client.agent import Agent
 from confide.client.conformance import Certificate, certify
+from confide.client.journal import Journal
 from confide.client.kept import Kept
+from confide.client.membership import Membership
 from confide.client.private_trainer import PrivateTrainer
-from confide.client.spends import SpendLog
-from confide.common import disk
+from confide.client.spends import Spends
+from confide.common.attempt import Attempt
 from confide.common.bounds import ring_layout
-from confide.common.errors import DataError, MessageError, PrivacyError, Refused
+from confide.common.checkpoint import SHORT_CHARACTERS, Checkpoint
+from confide.common.crypto import Identity
+from confide.common.errors import DataError, LedgerError, MessageError, PrivacyError, Refused, UsageError
 from confide.common.messages import (
     Advertisement,
     Confirmation,
@@ -45,10 +51,14 @@ from confide.common.messages import (
 from confide.common.model import AdaptedModel, attach
 from confide.common.plan import Plan
 from confide.common.ring import RingLayout
-from confide.server.summation import Task
+from confide.common.witness import Witness
+from confide.server.summation import SecureSummation, Task
 from confide.simulations.insecure import InsecurePlainSum, InsecureSeededNoise, InsecureUnmasked
+from confide.simulations.vaults import DATA, open_ledger
 from tests.conftest import MakeExamples
 from tests.server.agents import EXCHANGES, LAYOUT, Behaviour, Fresh, Moment, Sites, honest, unheard
+
+NORTH = Identity(b"n" * 32)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +78,7 @@ def ring(model: AdaptedModel, plan: Plan) -> RingLayout:
 
 @pytest.fixture
 def agent(model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples, tmp_path: Path) -> Agent:
-    return make_agent(model, ring, make_examples, tmp_path / "spends.jsonl")
+    return make_agent(model, ring, make_examples, tmp_path / "ledger")
 
 
 class Retrying(InsecurePlainSum):
@@ -87,6 +97,9 @@ def make_agent(
     persons: int = 30,
     declared_persons: int = 30,
 ) -> Agent:
+    journal = open_ledger(
+        path, site="north", identity=NORTH, plan=model.plan, run="tiny", declared_persons=declared_persons
+    )
     return Agent(
         site="north",
         run="tiny",
@@ -96,7 +109,7 @@ def make_agent(
         ring=ring,
         randomness=lambda number: InsecureSeededNoise(5, "north", number),
         protection=protection or InsecurePlainSum(),
-        spends=SpendLog(path),
+        spends=Spends(journal, run="tiny", plan=model.plan.digest, data=DATA),
     )
 
 
@@ -131,7 +144,7 @@ REFUSED = Failure(error="Refused", sentence="The site refused.")
 def test_a_round_is_trained_once_and_every_attempt_sends_the_same_vector(
     model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    agent = make_agent(model, ring, make_examples, tmp_path / "spends.jsonl", Retrying())
+    agent = make_agent(model, ring, make_examples, tmp_path / "ledger", Retrying())
     first = contributed(agent, offer(model, ring), model.start)
     spent = agent.spends.spends
     monkeypatch.setattr(PrivateTrainer, "train", None)  # training again would fail
@@ -152,7 +165,7 @@ def test_the_spend_is_on_disk_before_the_first_private_gradient(
     seen: list[int] = []
 
     def look(*_: object, **__: object) -> None:
-        seen.append(len(SpendLog(tmp_path / "spends.jsonl").spends))
+        seen.append(len(Journal.look(tmp_path / "ledger").spends("tiny")))
         raise DataError("stopped before any gradient")
 
     monkeypatch.setattr(PrivateTrainer, "train", look)
@@ -166,7 +179,7 @@ def test_the_spend_is_on_disk_before_the_first_private_gradient(
 def test_a_round_is_never_trained_from_two_adapters(
     model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples, tmp_path: Path, protection: InsecurePlainSum
 ) -> None:
-    agent = make_agent(model, ring, make_examples, tmp_path / "spends.jsonl", protection)
+    agent = make_agent(model, ring, make_examples, tmp_path / "ledger", protection)
     contributed(agent, offer(model, ring), model.start)
 
     answer = contributed(agent, offer(model, ring, attempt=2), model.start + 1)
@@ -194,7 +207,7 @@ def test_a_restarted_simulation_repeats_an_interrupted_round_to_the_same_bytes(
 ) -> None:
     first = contributed(agent, offer(model, ring), model.start)
 
-    restarted = make_agent(model, ring, make_examples, tmp_path / "spends.jsonl")
+    restarted = make_agent(model, ring, make_examples, tmp_path / "ledger")
     again = contributed(restarted, offer(model, ring), model.start)
 
     assert isinstance(first, Contribution)
@@ -371,9 +384,17 @@ def tried(sites: Sites, number: int = 1, attempt: int = 1, adapter: np.ndarray[A
     return sites.run.summation.collect(sites, task)
 
 
-def events(root: Path, site: str = "d") -> list[str]:
-    path = root / "sites" / f"{site}.jsonl"
-    return [json.loads(line)["event"] for line in path.read_bytes().splitlines()] if path.exists() else []
+def events(sites: Sites, site: str = "d") -> list[str]:
+    """Return the kinds of what a site's ledger on disk holds of its rounds."""
+    with contextlib.closing(Journal.open(path_of(sites, site), identity=sites.identities[site])) as journal:
+        kinds = [json.loads(line)["kind"] for line in journal.lines()]
+    return kinds[kinds.index("approve") + 1 :]
+
+
+def path_of(sites: Sites, site: str) -> Path:
+    path = sites.path(site)
+    assert path is not None
+    return path
 
 
 def test_each_stage_of_a_round_is_on_disk_when_its_answer_leaves(plan: Plan, tmp_path: Path) -> None:
@@ -381,22 +402,24 @@ def test_each_stage_of_a_round_is_on_disk_when_its_answer_leaves(plan: Plan, tmp
 
     def noting(agent: Agent, envelope: Envelope) -> Envelope | None:
         answer = agent.answer(envelope)
-        seen[open_envelope(envelope).kind] = events(tmp_path)
+        seen[open_envelope(envelope).kind] = events(sites)
         return answer
 
-    collected = tried(secure(plan, tmp_path, lambda site, _: noting if site == "d" else honest))
+    sites = secure(plan, tmp_path, lambda site, _: noting if site == "d" else honest)
+
+    collected = tried(sites)
 
     assert collected.present == ("a", "b", "c", "d")
     assert seen == {
         "offer": [],
         "peers": [],
-        "start": ["reserve", "bind"],
-        "survivors": ["reserve", "bind"],
-        "signatures": ["reserve", "bind", "open"],
+        "start": ["reserve", "bind", "mask"],
+        "survivors": ["reserve", "bind", "mask"],
+        "signatures": ["reserve", "bind", "mask", "commit"],
     }
 
 
-@pytest.mark.parametrize(("kind", "last"), [("start", 0), ("start", 1), ("signatures", 0)])
+@pytest.mark.parametrize(("kind", "last"), [("start", 0), ("start", 1), ("start", 2), ("signatures", 0)])
 def test_what_cannot_be_recorded_does_not_leave(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, last: int
 ) -> None:
@@ -405,16 +428,16 @@ def test_what_cannot_be_recorded_does_not_leave(
     def on_a_full_disk(agent: Agent, envelope: Envelope) -> Envelope | None:
         if open_envelope(envelope).kind != kind:
             return agent.answer(envelope)
-        left, write = [last], disk.append
+        left, write = [last], Journal.append
 
-        def full(path: Path, line: bytes) -> None:
+        def full(self: Journal, *entries: Any, **beside: Any) -> Any:
             if left[0] == 0:
-                raise OSError(28, "No space left on device")
+                raise LedgerError("No space left on device")
             left[0] -= 1
-            write(path, line)
+            return write(self, *entries, **beside)
 
         with monkeypatch.context() as patched:
-            patched.setattr("confide.client.spends.append", full)
+            patched.setattr(Journal, "append", full)
             answer = agent.answer(envelope)
         answers.append(open_envelope(answer))
         return answer
@@ -423,10 +446,10 @@ def test_what_cannot_be_recorded_does_not_leave(
 
     collected = tried(sites)
 
-    assert answers == [Failure(error="PrivacyError", sentence=PrivacyError.outside)]
-    assert dict(collected.missing) == {"d": f"{EXCHANGES[kind]}: PrivacyError"}
+    assert answers == [Failure(error="LedgerError", sentence=LedgerError.outside)]
+    assert dict(collected.missing) == {"d": f"{EXCHANGES[kind]}: LedgerError"}
     assert len(sites.trainers["d"].starts) == (0 if (kind, last) == ("start", 0) else 1)
-    assert "open" not in events(tmp_path)
+    assert "commit" not in events(sites)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["same process", "started anew"])
@@ -439,7 +462,7 @@ def test_a_site_helps_to_open_the_sum_of_a_round_once(plan: Plan, tmp_path: Path
     collected = tried(sites, attempt=2)
 
     assert dict(collected.missing) == dict.fromkeys(sites.names, "advertise: Refused")
-    assert events(tmp_path) == ["reserve", "bind", "open"]
+    assert events(sites) == ["reserve", "bind", "mask", "commit"]
     assert tried(sites, number=2).total is not None
 
 
@@ -560,6 +583,246 @@ def test_a_forged_offer_takes_from_a_site_nothing_that_it_kept(
     assert isinstance(answer, Failure)
     assert tried(sites, attempt=2).present == sites.names
     assert len(sites.trainers["d"].starts) == 1
+
+
+def watched(
+    plan: Plan, root: Path | None = None, script: Callable[[str, Moment], Behaviour] = lambda *_: honest
+) -> Sites:
+    """Return a federation of four in which every site has a witness, and the server has none."""
+    return Sites(
+        plan=plan,
+        summation="real",
+        randomness=Fresh,
+        folder=None if root is None else root / "sites",
+        watched=True,
+        script=script,
+    )
+
+
+def changed_peers(change: Callable[[Peers], Peers], answers: list[Message]) -> Behaviour:
+    """Return the behaviour of a site that is told other peers, and whose answers are noted."""
+
+    def answer(agent: Agent, envelope: Envelope) -> Envelope | None:
+        message = open_envelope(envelope)
+        if not isinstance(message, Peers):
+            return agent.answer(envelope)
+        answers.append(asked(agent, change(message)))
+        return seal(answers[-1])
+
+    return answer
+
+
+LEDGER = Failure(error="Refused", sentence="The site refused. It follows its rule on: ledger.")
+
+
+def test_a_site_shows_its_newest_checkpoint_and_remembers_everybodys(plan: Plan) -> None:
+    sites = watched(plan)
+    before = {site: sites.shown(site) for site in sites.names}
+
+    assert tried(sites).present == sites.names
+
+    for site in sites.names:
+        for peer in sites.names:
+            last = sites.witnesses[site].last("simulation", peer)
+            assert last is not None
+            assert (last.short() == before[peer]) == (peer != site)
+        own = sites.witnesses[site].last("simulation", site)
+        assert own is not None
+        assert own.size == sites.ledgers[site].book.size - 1  # all but the record that it helped to open the sum
+
+
+def test_a_site_shares_no_keys_with_one_whose_ledger_has_gone_back(plan: Plan, tmp_path: Path) -> None:
+    answers: list[Message] = []
+    sites = watched(plan, tmp_path)
+    copy = sites.copy("d")
+    for number in (1, 2):
+        tried(sites, number)
+    sites.witnesses["d"] = Witness()  # its whole disk is put back
+    sites.put_back("d", copy)
+    sites.script = lambda site, _: changed_peers(lambda peers: peers, answers) if site != "d" else honest
+
+    collected = tried(sites, number=3)
+
+    assert dict(collected.missing) == dict.fromkeys("abc", "share: Refused")
+    assert answers == [LEDGER] * 3
+    assert all(len(trainer.starts) == 2 for trainer in sites.trainers.values())
+    assert all(len(agent.spends.spends) == 2 for site, agent in sites.agents.items() if site != "d")
+
+
+def test_a_site_that_refused_a_ledger_has_left_the_attempt(plan: Plan) -> None:
+    answers: list[Message] = []
+
+    def insisting(agent: Agent, envelope: Envelope) -> Envelope | None:
+        message = open_envelope(envelope)
+        if not isinstance(message, Peers):
+            return agent.answer(envelope)
+        without = dataclasses.replace(message, checkpoints=("", *message.checkpoints[1:]))
+        answers.extend(asked(agent, each) for each in (without, message))
+        return None
+
+    tried(watched(plan, script=lambda site, _: insisting if site == "d" else honest))
+
+    assert answers == [LEDGER, REFUSED]
+
+
+def test_a_site_whose_own_ledger_was_put_back_finds_it_out_before_it_answers(plan: Plan, tmp_path: Path) -> None:
+    sites = watched(plan, tmp_path)
+    copy = sites.copy("d")
+    tried(sites)
+    sites.put_back("d", copy)
+
+    collected = tried(sites, number=2)
+
+    assert dict(collected.missing) == {"d": "advertise: Refused"}
+    assert collected.present == ("a", "b", "c")
+    assert len(sites.trainers["d"].starts) == 1
+
+
+TOLD: dict[str, Callable[[tuple[str, ...]], tuple[str, ...]]] = {
+    "nothing of one": lambda told: ("", *told[1:]),
+    "two exchanged": lambda told: (told[1], told[0], *told[2:]),
+    "one twice": lambda told: (told[1], told[1], *told[2:]),
+    "garbage": lambda told: ("x" * SHORT_CHARACTERS, *told[1:]),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_a_server_that_hides_or_exchanges_checkpoints_gets_no_shares(plan: Plan, case: str) -> None:
+    answers: list[Message] = []
+    change = changed_peers(lambda peers: dataclasses.replace(peers, checkpoints=TOLD[case](peers.checkpoints)), answers)
+
+    collected = tried(watched(plan, script=lambda site, _: change if site == "d" else honest))
+
+    assert answers == [LEDGER]
+    assert dict(collected.missing) == {"d": "share: Refused"}
+
+
+def test_a_server_that_shows_an_older_checkpoint_of_a_peer_gets_no_shares(plan: Plan) -> None:
+    answers: list[Message] = []
+    sites = watched(plan)
+    old = sites.shown("a")
+    for number in (1, 2):
+        tried(sites, number)
+    change = changed_peers(lambda peers: dataclasses.replace(peers, checkpoints=(old, *peers.checkpoints[1:])), answers)
+    sites.script = lambda site, _: change if site == "d" else honest
+
+    tried(sites, number=3)
+
+    assert answers == [LEDGER]
+
+
+@pytest.mark.parametrize("told", [(), ("",) * 3, ("",) * 5, ("", "", "", "mine")], ids=["none", "3", "5", "another"])
+def test_checkpoints_that_are_not_one_for_each_peer_or_not_what_a_site_showed_are_refused_without_a_witness_too(
+    plan: Plan, tmp_path: Path, told: tuple[str, ...]
+) -> None:
+    answers: list[Message] = []
+    change = changed_peers(lambda peers: dataclasses.replace(peers, checkpoints=told), answers)
+
+    tried(secure(plan, tmp_path, lambda site, _: change if site == "d" else honest))
+
+    assert answers == [Failure(error="MessageError", sentence=MessageError.outside)]
+
+
+def test_with_a_witness_a_site_takes_no_part_beside_one_that_shows_no_ledger(plan: Plan) -> None:
+    def hiding(agent: Agent, envelope: Envelope) -> Envelope | None:
+        message = open_envelope(agent.answer(envelope))
+        return seal(dataclasses.replace(message, checkpoint="") if isinstance(message, Advertisement) else message)
+
+    sites = watched(plan, script=lambda site, _: hiding if site == "d" else honest)
+
+    assert dict(tried(sites).missing) == dict.fromkeys("abc", "share: Refused") | {"d": "share: MessageError"}
+
+
+def test_a_ledger_that_cannot_be_read_keeps_its_site_out_and_the_attempt_under_way_goes_on(plan: Plan) -> None:
+    answers: list[Message] = []
+
+    def damaged(self: Journal) -> Checkpoint:
+        raise LedgerError("record 4711 is damaged")
+
+    def disturbed(agent: Agent, envelope: Envelope) -> Envelope | None:
+        if isinstance(open_envelope(envelope), Peers):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Journal, "checkpoint", damaged)
+                answers.append(asked(agent, signed(sites, attempt=2)))
+        return agent.answer(envelope)
+
+    sites = watched(plan, script=lambda site, _: disturbed if site == "d" else honest)
+
+    collected = tried(sites)
+
+    assert answers == [Failure(error="LedgerError", sentence=LedgerError.outside)]
+    assert collected.present == sites.names
+
+
+def signed(sites: Sites, **changes: Any) -> Offer:
+    """Return the last offer with changes, signed again by the coordinator."""
+    summation, member = sites.run.summation, sites.protections["d"]
+    assert isinstance(summation, SecureSummation)
+    assert isinstance(member, Membership)
+    changed = dataclasses.replace(sites.offers[-1], **changes)
+    begun = Attempt.of(changed, summation.roster, sites.ring, sites.plan.federation)
+    return dataclasses.replace(changed, signature=summation.coordinator.sign(begun.offered))
+
+
+def test_what_a_witness_cannot_write_is_not_answered(plan: Plan, tmp_path: Path) -> None:
+    answers: list[Message] = []
+    sites = watched(plan)
+    sites.witnesses["d"] = Witness(tmp_path / "witness.json")
+    sites.agents["d"] = sites.agent("d")
+
+    def on_a_full_disk(agent: Agent, envelope: Envelope) -> Envelope | None:
+        if not isinstance(open_envelope(envelope), Peers):
+            return agent.answer(envelope)
+
+        def full(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            answers.append(asked(agent, open_envelope(envelope)))
+        return seal(answers[-1])
+
+    sites.script = lambda site, _: on_a_full_disk if site == "d" else honest
+
+    collected = tried(sites)
+
+    assert answers == [Failure(error="LedgerError", sentence=LedgerError.outside)]
+    assert dict(collected.missing) == {"d": "share: LedgerError"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"round": 2, "attempt": 1}, {"round": 1, "attempt": 2}, {"run": "other", "round": 2}, {}]
+)
+def test_a_spoofed_repeated_or_stale_offer_records_and_charges_nothing(plan: Plan, change: dict[str, Any]) -> None:
+    sites = watched(plan)
+    tried(sites)
+    before, spent = sites.shown("d"), sites.agents["d"].spends.spends
+    forged = dataclasses.replace(sites.offers[-1], **change)  # with the signature of the one it was made of
+
+    answer = asked(sites.agents["d"], forged)
+
+    assert isinstance(answer, Failure)
+    assert sites.shown("d") == before
+    assert sites.agents["d"].spends.spends == spent
+
+
+def test_a_witness_without_a_roster_is_refused(
+    model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples
+) -> None:
+    spends = make_agent(model, ring, make_examples, None).spends
+
+    with pytest.raises(UsageError, match="knows nobody's key"):
+        Agent(
+            site="north",
+            run="tiny",
+            plan=model.plan,
+            trainer=PrivateTrainer(certified(model), make_examples(30, seed=1)),
+            declared_persons=30,
+            ring=ring,
+            protection=InsecurePlainSum(),
+            spends=spends,
+            witness=Witness(),
+        )
 
 
 def test_a_site_below_the_plans_least_persons_does_not_take_part(

@@ -1,178 +1,136 @@
-"""The record of spends: durable before training, never two costs for a round, and no way back into one that is over."""
+"""One run in a site's ledger: what is written when, and what may still be done with a round, before and after a restart."""
 
 import dataclasses
-import itertools
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
-from collections.abc import Callable
+import signal
 from pathlib import Path
 
 import pytest
 
-from confide.client.spends import SpendLog
-from confide.common.errors import PrivacyError, Refused
+from confide.client.journal import Journal
+from confide.client.mechanism import Mechanism
+from confide.client.spends import Spends, evidence_purpose
+from confide.common.crypto import keyed_digest, unseal_bytes
+from confide.common.entries import SEEDED
+from confide.common.errors import LedgerError, Refused, SealError
+from confide.common.ledger import BOUND, FORFEITED, REFUNDED, RESERVED, Book, read_export, verify
+from confide.common.plan import Plan
 from confide.common.spend import Spend
+from tests.ledgers import KEY, spends_of
 
-START = "sha256:" + "0" * 64
-COMMITMENT = "sha256:" + "2" * 64
-
-
-def spend(number: int, steps: int = 4, noise: str = "insecure_seeded_noise") -> Spend:
-    return Spend(
-        round=number,
-        sampling_rate=0.1,
-        noise_multiplier=0.7688,
-        steps=steps,
-        clip_norm=1.0,
-        divisor=120.0,
-        noise=noise,
-    )
+START, COMMITMENT, MASKED = ("sha256:" + digit * 64 for digit in "123")
+ROSTER, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+FRESH = "cryptographic"
+EVENTS = ("reserve", "bind", "mask", "commit")
 
 
-def test_a_reserved_spend_is_on_disk_when_reserve_returns(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "spends.jsonl"
-    log = SpendLog(path)
-    assert not path.exists()
-
-    log.reserve(spend(1), START)
-
-    assert SpendLog(path).spends == (spend(1),)
-    assert json.loads(path.read_bytes()) == {
-        "format": "confide-spend/1",
-        "event": "reserve",
-        "start": START,
-        "roster": "",
-        **dataclasses.asdict(spend(1)),
-    }
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "north.ledger"
 
 
-def test_a_reserved_spend_outlives_the_process(tmp_path: Path) -> None:
-    path = tmp_path / "spends.jsonl"
-    program = (
-        "import os, sys; from pathlib import Path; from confide.client.spends import SpendLog; "
-        "from confide.common.spend import Spend; "
-        f"SpendLog(Path(sys.argv[1])).reserve({spend(1)!r}, 'start'); os._exit(9)"
-    )
-
-    done = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
-
-    assert done.returncode == 9
-    assert SpendLog(path).spends == (spend(1),)
+def spend(plan: Plan, number: int = 1, noise: str = FRESH) -> Spend:
+    return Mechanism.of(plan.privacy, 30).spend(number, noise)
 
 
-EVENTS: dict[str, Callable[[SpendLog], None]] = {
-    "reserve": lambda log: log.reserve(spend(1, noise="fresh"), START),
-    "bind": lambda log: log.bind(1, COMMITMENT),
-    "open": lambda log: log.open(1),
-}
-
-
-def after(path: Path | None, *events: str) -> SpendLog:
-    """Return a record in which a round of fresh noise went through these events."""
-    log = SpendLog(path)
+def after(plan: Plan, path: Path | None, *events: str, number: int = 1, noise: str = FRESH) -> Spends:
+    """Return the run after these events of a round."""
+    spends = spends_of(plan, "tiny", path)
     for event in events:
-        EVENTS[event](log)
-    return log
+        match event:
+            case "reserve":
+                spends.reserve(spend(plan, number, noise), START, ROSTER)
+            case "bind":
+                spends.bind(number, COMMITMENT)
+            case "mask":
+                spends.mask(number, 1, MASKED)
+            case "commit":
+                spends.commit(number)
+    return spends
 
 
-@pytest.mark.parametrize("event", EVENTS)
-def test_every_event_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str) -> None:
-    synced: list[bytes] = []
-    path = tmp_path / "spends.jsonl"
-    log = after(path, *itertools.takewhile(lambda earlier: earlier != event, EVENTS))
-    monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes()))
-
-    EVENTS[event](log)
-
-    assert synced[0] == path.read_bytes()
-    assert json.loads(synced[0].splitlines()[-1])["event"] == event
-    assert synced[0].endswith(b"\n")
-
-
-def test_reserving_the_same_spend_again_costs_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "spends.jsonl"
-    log = SpendLog(path)
-    log.reserve(spend(1), START)
-    before = path.read_bytes()
-
-    log.reserve(spend(1), START)
-    SpendLog(path).reserve(spend(1), START)
-
-    assert path.read_bytes() == before
-    assert log.spends == (spend(1),)
-
-
-def test_another_cost_for_a_recorded_round_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "spends.jsonl"
-    SpendLog(path).reserve(spend(1), START)
-    before = path.read_bytes()
-
-    with pytest.raises(Refused, match="Round 1 was reserved before"):
-        SpendLog(path).reserve(spend(1, steps=5), START)
-
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("again", "start"),
-    [
-        (spend(1, noise="cryptographic"), START),  # fresh draws would average out
-        (spend(1), "sha256:" + "1" * 64),  # the same draws on another adapter would cancel out
-    ],
-)
-def test_a_round_is_trained_once_even_after_a_restart(tmp_path: Path, again: Spend, start: str) -> None:
-    path = tmp_path / "spends.jsonl"
-    SpendLog(path).reserve(dataclasses.replace(spend(1), noise=again.noise), START)
-
-    with pytest.raises(Refused, match="a round is trained once, from one adapter"):
-        SpendLog(path).reserve(again, start)
-
-
-def test_rounds_do_not_go_back(tmp_path: Path) -> None:
-    log = SpendLog(tmp_path / "spends.jsonl")
-    log.reserve(spend(3), START)
-
-    with pytest.raises(Refused, match="Round 2 is offered after round 3"):
-        log.reserve(spend(2), START)
-
-
-CONSEQUENCES = {
-    "reserve": "Nothing was trained",
-    "bind": "The round's vector is not used",
-    "open": "The sum is not opened with this site's help",
-}
-
-
-@pytest.mark.parametrize("event", EVENTS)
-def test_a_failed_write_leaves_the_record_whole_and_nothing_follows_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str
-) -> None:
-    path = tmp_path / "spends.jsonl"
-    log = after(path, *itertools.takewhile(lambda earlier: earlier != event, EVENTS))
-    before = path.read_bytes() if path.exists() else b""
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        with pytest.raises(PrivacyError, match=rf"No space left on device\. {CONSEQUENCES[event]}"):
-            EVENTS[event](log)
-    with pytest.raises(PrivacyError, match="An earlier write"):
-        EVENTS[event](log)
-
-    assert path.read_bytes() == before
-    assert SpendLog(path).spends == log.spends
-
-
-def admitted(log: SpendLog, number: int, *, kept: bool = False) -> bool:
+def admitted(spends: Spends, number: int, *, kept: bool = True) -> bool:
     try:
-        log.admit(number, kept=kept)
+        spends.admit(number, kept=kept, roster=ROSTER)
     except Refused:
         return False
     return True
+
+
+def look(path: Path) -> Book:
+    return Journal.look(path)
+
+
+@pytest.mark.parametrize("count", range(1, 5))
+def test_what_was_written_outlives_a_kill_right_after_it(plan: Plan, path: Path, count: int) -> None:
+    spends_of(plan, "tiny", path)
+    child = multiprocessing.get_context("fork").Process(target=_write_and_die, args=(plan, path, EVENTS[:count]))
+
+    child.start()
+    child.join()
+
+    assert child.exitcode == -signal.SIGKILL
+    known = look(path).rounds("tiny")[1]
+    assert known.state == ("reserved", "bound", "bound", "committed")[count - 1]
+    assert (known.attempt == 1) == (count >= 3)
+    assert look(path).spends("tiny") == (spend(plan),)
+
+
+def _write_and_die(plan: Plan, path: Path, events: tuple[str, ...]) -> None:
+    after(plan, path, *events)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_round_is_trained_once_even_after_a_restart(plan: Plan, path: Path) -> None:
+    after(plan, path, "reserve")
+
+    for start in (START, COMMITMENT):
+        with pytest.raises(Refused, match="a round is trained once"):
+            spends_of(plan, "tiny", path).reserve(spend(plan), start, ROSTER)
+
+    assert look(path).spends("tiny") == (spend(plan),)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"noise_multiplier": 0.1}, {"steps": 1}, {"sampling_rate": 0.9}, {"clip_norm": 2.0}, {"divisor": 1.0}],
+)
+def test_a_round_that_costs_something_else_than_was_approved_is_refused(
+    plan: Plan, path: Path, changes: dict[str, float]
+) -> None:
+    spends = spends_of(plan, "tiny", path)
+    other = dataclasses.replace(spend(plan), **changes)  # type: ignore[arg-type]
+
+    with pytest.raises(Refused, match="A changed plan needs a new approval") as refused:
+        spends.reserve(other, START, ROSTER)
+
+    assert refused.value.rule == "approval"
+    assert spends.spends == ()
+
+
+def test_another_plan_or_run_than_was_approved_spends_nothing(plan: Plan, path: Path) -> None:
+    journal = Journal.open(_made(plan, path), identity=KEY)
+
+    for run, digest in (("other", plan.digest), ("tiny", "sha256:" + "0" * 64)):
+        spends = Spends(journal, run=run, plan=digest, data="rows")
+        with pytest.raises(Refused, match="approvals of the run"):
+            spends.reserve(spend(plan), START, ROSTER)
+
+    assert journal.book.runs == ()
+
+
+def test_all_rounds_of_the_plan_fit_and_none_beyond(plan: Plan, path: Path) -> None:
+    rounds = plan.privacy.rounds
+    for number in range(1, rounds + 1):
+        after(plan, path, *EVENTS, number=number)
+    spends = spends_of(plan, "tiny", path)
+
+    with pytest.raises(Refused, match=f"the plan has {rounds} rounds"):
+        spends.reserve(spend(plan, rounds + 1), START, ROSTER)
+
+    assert [one.round for one in spends.spends] == list(range(1, rounds + 1))
+    assert 0 < look(path).accounts["1"].left < 1e-4
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["same process", "started anew"])
@@ -180,199 +138,176 @@ def admitted(log: SpendLog, number: int, *, kept: bool = False) -> bool:
     ("events", "kept", "admits"),
     [
         ((), False, True),
+        (("reserve",), True, False),
         (("reserve",), False, False),
-        (("reserve",), True, False),  # a vector that was never bound is not this round's
         (("reserve", "bind"), True, True),
         (("reserve", "bind"), False, False),
-        (("reserve", "bind", "open"), True, False),
-        (("reserve", "bind", "open"), False, False),
+        (("reserve", "bind", "mask"), True, True),
+        (EVENTS, True, False),
+        (EVENTS, False, False),
     ],
     ids=lambda value: "+".join(value) or "nothing" if isinstance(value, tuple) else str(value),
 )
 def test_a_site_takes_part_again_only_in_a_round_that_has_its_vector_and_was_not_opened(
-    tmp_path: Path, events: tuple[str, ...], kept: bool, admits: bool, again: bool
+    plan: Plan, path: Path, events: tuple[str, ...], kept: bool, admits: bool, again: bool
 ) -> None:
-    log = after(tmp_path / "spends.jsonl", *events)
+    spends = after(plan, path, *events)
 
-    found = admitted(SpendLog(tmp_path / "spends.jsonl") if again else log, 1, kept=kept)
+    found = admitted(spends_of(plan, "tiny", path) if again else spends, 1, kept=kept)
 
     assert found == admits
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["same process", "started anew"])
-def test_a_round_ends_under_the_roster_it_was_begun_under(tmp_path: Path, again: bool) -> None:
-    log = SpendLog(tmp_path / "spends.jsonl")
-    log.reserve(spend(1, noise="fresh"), START, "sha256:one")
-    log.bind(1, COMMITMENT)
+def test_a_round_ends_under_the_roster_it_was_begun_under(plan: Plan, path: Path) -> None:
+    after(plan, path, "reserve", "bind")
 
-    found = SpendLog(tmp_path / "spends.jsonl") if again else log
+    found = spends_of(plan, "tiny", path)
 
-    found.admit(1, kept=True, roster="sha256:one")
+    found.admit(1, kept=True, roster=ROSTER)
     with pytest.raises(Refused, match="another roster"):
-        found.admit(1, kept=True, roster="sha256:other")
+        found.admit(1, kept=True, roster=OTHER)
 
 
-def test_a_refusal_says_which_way_the_round_went(tmp_path: Path) -> None:
-    with pytest.raises(
-        Refused, match=r"The sum of round 1 was opened with this site's help; that happens once a round"
-    ):
-        after(None, *EVENTS).admit(1, kept=True)
+def test_a_refusal_says_which_way_the_round_went(plan: Plan) -> None:
+    with pytest.raises(Refused, match=r"The sum of round 1 was opened with this site's help"):
+        after(plan, None, *EVENTS).admit(1, kept=True, roster=ROSTER)
     with pytest.raises(Refused, match="Round 1 was begun and its vector is gone; a round is trained once"):
-        after(None, "reserve").admit(1, kept=False)
+        after(plan, None, "reserve").admit(1, kept=False, roster=ROSTER)
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["same process", "started anew"])
-def test_no_earlier_round_is_entered_once_a_later_one_was_begun(tmp_path: Path, again: bool) -> None:
-    log = after(tmp_path / "spends.jsonl", "reserve", "bind")
-    log.reserve(spend(3), START)
+def test_no_earlier_round_is_entered_once_a_later_one_was_begun(plan: Plan, path: Path) -> None:
+    after(plan, path, "reserve", "bind")
+    after(plan, path, "reserve", number=3)
 
-    found = SpendLog(tmp_path / "spends.jsonl") if again else log
+    found = spends_of(plan, "tiny", path)
 
     for number in (1, 2):
         with pytest.raises(Refused, match=f"Round {number} is offered after round 3"):
-            found.admit(number, kept=True)
-    assert admitted(found, 3)
+            found.admit(number, kept=True, roster=ROSTER)
+    assert not admitted(found, 3)
     assert admitted(found, 4)
 
 
-def test_a_seeded_simulation_may_go_through_its_last_round_again(tmp_path: Path) -> None:
-    log = SpendLog(tmp_path / "spends.jsonl")
-    log.reserve(spend(1), START)
-    log.bind(1, COMMITMENT)
-    log.open(1)
+def test_a_seeded_simulation_may_go_through_its_last_round_again_at_no_cost(plan: Plan, path: Path) -> None:
+    after(plan, path, *EVENTS, noise=SEEDED)
+    used = look(path).accounts["1"].used
 
-    assert admitted(log, 1)
-    assert admitted(SpendLog(tmp_path / "spends.jsonl"), 1)
+    again = spends_of(plan, "tiny", path)
+    assert admitted(again, 1, kept=False)
+    after(plan, path, *EVENTS, noise=SEEDED)
 
-
-def test_the_adapter_a_round_was_trained_from_is_known_after_a_restart(tmp_path: Path) -> None:
-    log = after(tmp_path / "spends.jsonl", *EVENTS)
-
-    starts = [(known.start(1), known.start(2)) for known in (log, SpendLog(tmp_path / "spends.jsonl"))]
-
-    assert starts == [(START, None)] * 2
+    assert look(path).accounts["1"].used == used > 0
+    assert len(again.spends) == 1
 
 
-def test_spends_are_given_in_the_order_of_rounds(tmp_path: Path) -> None:
-    log = SpendLog(tmp_path / "spends.jsonl")
+def test_a_round_never_has_two_vectors(plan: Plan, path: Path) -> None:
+    after(plan, path, "reserve", "bind")
 
-    log.reserve(spend(1), START)
-    log.reserve(spend(2), START)
+    with pytest.raises(Refused, match="was to be bound; it is bound"):
+        spends_of(plan, "tiny", path).bind(1, MASKED)
 
-    assert log.spends == (spend(1), spend(2))
-    assert SpendLog(tmp_path / "spends.jsonl").spends == (spend(1), spend(2))
-
-
-def test_a_record_without_a_file_is_kept_in_memory() -> None:
-    log = SpendLog()
-
-    log.reserve(spend(1), START)
-
-    assert log.spends == (spend(1),)
+    assert spends_of(plan, "tiny", path).commitment(1) == COMMITMENT
 
 
-def line(fields: dict[str, object]) -> bytes:
-    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+def test_what_is_known_of_a_round_is_known_after_a_restart(plan: Plan, path: Path) -> None:
+    after(plan, path, "reserve", "bind", "mask")
+
+    found = spends_of(plan, "tiny", path)
+
+    assert (found.start(1), found.commitment(1), found.last_attempt) == (START, COMMITMENT, (1, 1))
+    assert (found.start(2), found.commitment(2)) == (None, None)
+    assert spends_of(plan, "tiny").last_attempt == (0, 0)
 
 
-def event(name: str, **fields: object) -> bytes:
-    return line({"format": "confide-spend/1", "event": name, **fields})
+def test_steps_that_looked_at_no_row_are_given_back_and_the_round_is_closed(plan: Plan, path: Path) -> None:
+    spends = after(plan, path, "reserve")
+    whole = look(path).accounts["1"].filter.spent
+
+    spends.give_up(1, plan.privacy.steps_per_round - 1, "It ended.")
+
+    known = look(path).rounds("tiny")[1]
+    assert known.state == REFUNDED
+    assert known.spend == dataclasses.replace(spend(plan), steps=1)
+    one = whole / plan.privacy.steps_per_round
+    assert one <= look(path).accounts["1"].filter.spent < one * (1 + 1e-9)
+    assert not admitted(spends, 1)
 
 
-def test_the_lines_below_are_damaged_by_what_was_changed_in_them(tmp_path: Path) -> None:
-    path = tmp_path / "spends.jsonl"
-    SpendLog(path).reserve(spend(1), START)
-    reserved = event("reserve", start=START, roster="", **dataclasses.asdict(spend(2)))
+def test_a_round_given_up_in_its_last_step_counts_in_full(plan: Plan, path: Path) -> None:
+    spends = after(plan, path, "reserve")
 
-    with path.open("ab") as stream:
-        stream.write(reserved + event("bind", round=1, commitment=COMMITMENT) + event("open", round=1))
+    spends.give_up(1, 0, "It ended.")
 
-    assert SpendLog(path).spends == (spend(1), spend(2))
+    assert look(path).rounds("tiny")[1].state == FORFEITED
+    assert spends.spends == (spend(plan),)
 
 
-def lines() -> list[bytes]:
-    base = {
-        "format": "confide-spend/1",
-        "event": "reserve",
-        "start": START,
-        "roster": "",
-        **dataclasses.asdict(spend(2)),
-    }
+def test_a_round_that_has_its_vector_is_not_given_up(plan: Plan, path: Path) -> None:
+    spends = after(plan, path, "reserve", "bind")
 
-    def with_(**changes: object) -> bytes:
-        return line({**base, **changes})
+    spends.give_up(1, 1, "It ended.")
 
-    whole = with_()
-    return [
-        b"\n",
-        b"{}\n",
-        b"[1]\n",
-        b"null\n",
-        b"\xff\n",
-        b"[" * 5000 + b"\n",
-        whole + whole,
-        with_(format="confide-spend/2"),
-        with_(steps=-1),
-        with_(sampling_rate=2.0),
-        with_(noise_multiplier=float("nan")),
-        with_(steps="4"),
-        with_(extra=1),
-        with_(round=1),  # the round of the line before
-        with_(round=1, steps=1),
-        whole.replace(b",", b", "),
-        whole.replace(b'"steps":4', b'"steps":400,"steps":4'),
-        with_(event="spend"),
-        with_(event="bind"),
-        event("reserve", roster="", **dataclasses.asdict(spend(2))),
-        event("bind", round=2, commitment=COMMITMENT),  # of a round that was not reserved
-        event("bind", round=1),
-        event("bind", commitment=COMMITMENT),
-        event("bind", round=True, commitment=COMMITMENT),
-        event("bind", round=1, commitment=5),
-        event("bind", round=1, commitment=COMMITMENT, extra=1),
-        event("open", round=2),
-        event("open", round=1, extra=1),
-        event("open"),
-        line({"format": "confide-spend/1", "start": START, "roster": "", **dataclasses.asdict(spend(2))}),
-    ]
+    assert look(path).rounds("tiny")[1].state == BOUND
+    assert spends.spends == (spend(plan),)
 
 
-@pytest.mark.parametrize("case", range(len(lines())))
-def test_a_damaged_record_is_refused_whole(tmp_path: Path, case: int) -> None:
-    path = tmp_path / "spends.jsonl"
-    SpendLog(path).reserve(spend(1), START)
-    with path.open("ab") as stream:
-        stream.write(lines()[case])
+def test_a_site_that_starts_anew_writes_down_what_it_lost_and_counts_it_in_full(plan: Plan, path: Path) -> None:
+    after(plan, path, *EVENTS)
+    after(plan, path, "reserve", number=2)
+    assert look(path).rounds("tiny")[2].state == RESERVED
 
-    with pytest.raises(
-        PrivacyError, match=r"Line [23] of the spend record .* is damaged, so what was spent is not known"
-    ):
-        SpendLog(path)
+    spends_of(plan, "tiny", path).settle()
+    spends_of(plan, "tiny", path).settle()
 
-
-@pytest.mark.parametrize("left", [1, 20, -2])
-def test_a_last_line_that_a_crash_cut_short_never_happened(tmp_path: Path, left: int) -> None:
-    path = tmp_path / "spends.jsonl"
-    SpendLog(path).reserve(spend(1, noise="fresh"), START)
-    sound = path.read_bytes()
-    path.write_bytes(sound + event("reserve", start=START, roster="", **dataclasses.asdict(spend(2)))[:left])
-
-    log = SpendLog(path)
-
-    assert log.spends == (spend(1, noise="fresh"),)
-    assert path.read_bytes() == sound
-    log.reserve(spend(2, noise="fresh"), START)
-    assert len(SpendLog(path).spends) == 2
+    book = look(path)
+    assert book.rounds("tiny")[2].state == FORFEITED
+    assert book.spends("tiny") == (spend(plan, 1), spend(plan, 2))
 
 
-def test_a_last_line_that_lacks_nothing_but_its_end_counts(tmp_path: Path) -> None:
-    path = tmp_path / "spends.jsonl"
-    log = after(path, *EVENTS)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1])
+def test_evidence_is_sealed_and_its_record_is_a_keyed_digest(plan: Plan, path: Path) -> None:
+    after(plan, path, "reserve", "bind")
+    journal = Journal.open(path, identity=KEY)
+    key, evidence = bytes(range(32)), b'{"batch_sizes":[17]}'
 
-    again = SpendLog(path)
+    Spends(journal, run="tiny", plan=plan.digest, data="rows", key=key).commit(1, evidence)
 
-    assert again.spends == log.spends
-    assert path.read_bytes() == whole
-    assert not admitted(again, 1, kept=True)
+    purpose = evidence_purpose("tiny", 1)
+    sealed = journal.evidence("tiny", 1)
+    assert sealed is not None
+    assert unseal_bytes(sealed, key, purpose) == evidence
+    assert look(path).rounds("tiny")[1].evidence == keyed_digest(key, purpose, evidence).hex()
+    assert not any(b"batch_sizes" in line for line in journal.lines())
+    with pytest.raises(SealError):
+        unseal_bytes(sealed, bytes(32), purpose)
+
+
+def test_the_export_of_a_run_can_be_verified_by_anyone(plan: Plan, path: Path, tmp_path: Path) -> None:
+    spends = after(plan, path, *EVENTS)
+
+    spends.export(tmp_path / "north.jsonl")
+
+    assert verify(*read_export(tmp_path / "north.jsonl")).spends("tiny") == spends.spends
+
+
+def test_the_checkpoint_shown_is_that_of_the_last_record(plan: Plan, path: Path) -> None:
+    spends = after(plan, path, "reserve")
+    before = spends.checkpoint
+
+    spends.bind(1, COMMITMENT)
+
+    assert spends.checkpoint != before
+    assert len(spends.checkpoint) <= 200
+
+
+def test_nothing_is_written_on_a_closed_ledger(plan: Plan, path: Path) -> None:
+    journal = Journal.open(_made(plan, path), identity=KEY)
+    spends = Spends(journal, run="tiny", plan=plan.digest, data="rows")
+    journal.close()
+
+    with pytest.raises(LedgerError):
+        spends.reserve(spend(plan), START, ROSTER)
+
+
+def _made(plan: Plan, path: Path) -> Path:
+    spends_of(plan, "tiny", path)
+    return path

@@ -18,7 +18,19 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from confide.client import table
-from confide.client.table import ANY, IDENTIFIER, IMAGE, LABEL, TEXT, WORD_LABELS, WORDS, Kinds, read_table
+from confide.client.table import (
+    ANY,
+    EVERYTHING,
+    IDENTIFIER,
+    IMAGE,
+    LABEL,
+    TEXT,
+    WORD_LABELS,
+    WORDS,
+    Kinds,
+    read_table,
+    table_columns,
+)
 from confide.common.errors import DataError
 
 
@@ -341,3 +353,54 @@ def test_a_damaged_file_is_read_or_refused_and_never_shown(
         shown = ""
 
     assert "SECRETCELL" not in shown.partition("It has")[0]
+
+
+def test_the_columns_of_a_table_are_listed_whatever_its_format(tmp_path: Path) -> None:
+    columns: dict[str, Sequence[object]] = {"text": ["a", None], "label": ["0", "1"], "age": [4, 5]}
+
+    assert {table_columns(path) for path in in_every_format(tmp_path, columns)} == {("text", "label", "age")}
+
+
+def test_a_key_of_the_last_line_is_a_column_too(tmp_path: Path) -> None:
+    path = saved(tmp_path / "rows.jsonl", '{"a": 1}\n\n{"b": 2, "a": 1}\n')
+
+    assert table_columns(path) == ("a", "b")
+
+
+def test_columns_without_a_name_are_left_out(tmp_path: Path) -> None:
+    assert table_columns(saved(tmp_path / "rows.csv", ",text,,label\n1,a,2,b\n")) == ("text", "label")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", ",,\n1,2,3\n", "SECRET,SECRET\n1,2\n"])
+def test_a_header_that_names_no_columns_is_refused_without_being_shown(tmp_path: Path, content: str) -> None:
+    with pytest.raises(DataError) as caught:
+        table_columns(saved(tmp_path / "rows.csv", content))
+
+    assert "SECRET" not in str(caught.value)
+
+
+def test_tables_that_are_not_there_or_of_no_format_have_no_columns(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="There is no table"):
+        table_columns(tmp_path / "rows.csv")
+    with pytest.raises(DataError, match="of no format that can be read"):
+        table_columns(saved(tmp_path / "rows.txt", "a,b\n1,2\n"))
+
+
+def test_more_columns_than_anyone_uses_are_refused(tmp_path: Path) -> None:
+    lines = (json.dumps({f"column {number}-{key}": 1 for key in range(1000)}) + "\n" for number in range(11))
+
+    with pytest.raises(DataError, match="more than 10000 columns"):
+        table_columns(saved(tmp_path / "rows.jsonl", "".join(lines)))
+
+
+def test_everything_takes_what_no_column_of_a_plan_may_hold(tmp_path: Path) -> None:
+    values = {"deep": [{"x": [1, None]}], "mixed": [[0.5, 0.25]], "when": [datetime.datetime(2024, 5, 1, 8)]}
+    columns = dict.fromkeys(values, EVERYTHING)
+    lines = saved(tmp_path / "rows.jsonl", json.dumps(values | {"when": 1.5}, default=str) + "\n")
+
+    of_parquet = cells(save_parquet(tmp_path / "rows.parquet", values), columns)
+    of_lines = cells(lines, columns)
+
+    assert of_parquet == [("{'x': [1, None]}", ("0.5", "0.25"), "2024-05-01T08:00:00")]
+    assert len(of_lines) == 1
+    assert None not in of_lines[0]

@@ -190,6 +190,27 @@ def test_every_step_that_is_taken_is_logged(
     assert executed == model.plan.privacy.rounds * model.plan.privacy.steps_per_round
 
 
+def test_each_step_is_told_of_before_it_draws_or_looks_at_a_row(
+    model: AdaptedModel, make_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients, told = PersonGradients(model, make_examples(20, seed=1)), list[object]()
+    seeded, looked = InsecureSeededNoise(0, "s", 1), gradients.clipped_sum
+
+    def noted(persons: Ints, clip_norm: float, active: tuple[str, ...]) -> ClippedSum:
+        told.append("looked")
+        return looked(persons, clip_norm, active)
+
+    def drawn(randomness: InsecureSeededNoise, rate: float, count: int) -> Ints:
+        told.append("drew")
+        return np.arange(3)
+
+    monkeypatch.setattr(gradients, "clipped_sum", noted)
+    monkeypatch.setattr("confide.client.trainer.drawn", drawn)
+    train(gradients, model.start, mechanism(steps=2), model.plan.training, seeded, before_step=told.append)
+
+    assert told == [1, "drew", "looked", 2, "drew", "looked"]
+
+
 def test_the_divisor_is_constant_whatever_was_drawn(exact: AdaptedModel, make_examples: MakeExamples) -> None:
     examples = make_examples(6, seed=4)
     sgd = dataclasses.replace(exact.plan.training, optimizer="sgd", learning_rate=1.0, head_learning_rate=1.0)

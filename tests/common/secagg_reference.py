@@ -5,6 +5,7 @@ of them sends. With the entropy fixed every byte is fixed: `python -m tests.comm
 tests/vectors/secagg.json anew.
 """
 
+import base64
 import hashlib
 import hmac
 import json
@@ -40,7 +41,9 @@ def vectors() -> Json:
             "seed 64 (hybrid only), seed 32, coefficients for the seed 48 (t - 1), coefficients for the pair key 48 "
             "(t - 1). An encapsulation cannot be fixed; so in the hybrid round a KEM ciphertext is 1088 bytes of the "
             "stream '<round> ciphertext <sender> <receiver>', which nobody encapsulated, and its secret is what "
-            "decapsulation makes of it (implicit rejection, FIPS 203)."
+            "decapsulation makes of it (implicit rejection, FIPS 203). A site's checkpoint is the base64 of 128 bytes of the "
+            "stream '<round> checkpoint <place>', the same when it advertises and when it contributes: the protocol hands it on "
+            "and does not read it."
         ),
         "keystream": keystream_cases(),
         "masking": masking_cases(),
@@ -125,6 +128,8 @@ def played(name: str, sites: int, bits: int, lost: Sequence[int] = (), agreement
         )
         signature = sign(identities[place], label("advertisement") + pre + u16(place) + keys[place])
         advertised.append(keys[place] + signature)
+
+    checkpoints = [base64.b64encode(Stream(f"{name} checkpoint {place}").draw(128)).decode() for place in everyone]
 
     # B: with all advertisements there is ctx, and everybody's neighbours; each site shares its two secrets.
     told = b"".join(u16(place) + advertised[place] for place in everyone)
@@ -223,12 +228,17 @@ def played(name: str, sites: int, bits: int, lost: Sequence[int] = (), agreement
             f"{u} {v}": pair_key(pair_secret[u], u, v).hex() for u in everyone for v in joined[u] if u < v
         },
         "offer": message("offer", sign(coordinator, label("offer") + pre), **offer),
-        "advertisement": [message("advertisement", raw, context=pre.hex()) for raw in advertised],
-        "peers": message("peers", told, context=pre.hex(), adapter=digest(adapter)),
+        "advertisement": [
+            message("advertisement", raw, context=pre.hex(), checkpoint=shown)
+            for raw, shown in zip(advertised, checkpoints, strict=True)
+        ],
+        "peers": message("peers", told, context=pre.hex(), adapter=digest(adapter), checkpoints=checkpoints),
         "shares": [message("shares", raw, context=context) for raw in shared],
         "start": [message("start", start[u], raw_adapter, context=context) if u in start else None for u in everyone],
         "contribution": [
-            message("contribution", None, little(y[u], bits).hex(), context=context) if u in y else None
+            message("contribution", None, little(y[u], bits).hex(), context=context, checkpoint=checkpoints[u])
+            if u in y
+            else None
             for u in everyone
         ],
         "survivors": message("survivors", listed, context=context),

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from confide.client.spends import SpendLog
-from confide.common.plan import Privacy
+from confide.client.mechanism import Mechanism
+from confide.common.plan import Plan, Privacy
 from confide.common.renyi import RDP_ORDERS
 from confide.common.spend import Spend
+from tests.ledgers import spends_of
 
 SPEND = Spend(
     round=1,
@@ -36,15 +37,16 @@ def many_unlike() -> list[Spend]:
     return [unlike[number % 701] for number in range(100_000)]
 
 
-def spent_file(folder: Path, one: Spend, rounds: int) -> Path:
-    """The record of a site that went through so many rounds of this spend."""
-    path = folder / "north.jsonl"
-    log = SpendLog(path)
+def spent_file(folder: Path, plan: Plan, rounds: int) -> Path:
+    """The exported ledger of a site that went through so many rounds of this plan."""
+    spends = spends_of(plan, "run", persons=plan.privacy.min_persons)
+    one = Mechanism.of(plan.privacy, plan.privacy.min_persons).spend(1, "cryptographic")
     for number in range(1, rounds + 1):
-        log.reserve(dataclasses.replace(one, round=number), "sha256:" + "0" * 64)
-        log.bind(number, "sha256:" + "1" * 64)
-        log.open(number)
-    return path
+        spends.reserve(dataclasses.replace(one, round=number), "sha256:" + "0" * 64, "sha256:" + "0" * 64)
+        spends.bind(number, "sha256:" + "1" * 64)
+        spends.commit(number)
+    spends.export(folder / "north.jsonl")
+    return folder / "north.jsonl"
 
 
 def library_epsilon(rate: float, noise: float, steps: int, delta: float, orders: tuple[int, ...] = RDP_ORDERS) -> float:

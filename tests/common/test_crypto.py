@@ -9,6 +9,8 @@ import io
 import itertools
 import json
 import pickle
+import shutil
+import subprocess
 import time
 import traceback
 import tracemalloc
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from hypothesis import given, strategies
 
 from confide.common import crypto
@@ -34,6 +37,10 @@ from confide.common.crypto import (
     deliver,
     derive,
     encapsulate,
+    key_from_file,
+    key_to_file,
+    keyed_digest,
+    public_in_file,
     receive,
     seal,
     seal_bytes,
@@ -596,6 +603,172 @@ def secrets() -> list[object]:
     return [Identity(SECRET), AgreementKey(SECRET), KemKey(SECRET + SECRET), stream, scratch]
 
 
+@given(strategies.lists(strategies.binary(max_size=40)))
+def test_a_keyed_digest_is_hmac_over_parts_with_their_lengths_before_them(parts: list[bytes]) -> None:
+    digest = keyed_digest(KEY, *parts)
+
+    told = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+    assert digest == mac(KEY, told)
+    assert digest != keyed_digest(SECRET, *parts)
+
+
+FEW_PARTS = strategies.lists(strategies.binary(max_size=3), max_size=4)
+
+
+@given(FEW_PARTS, FEW_PARTS)
+def test_other_parts_have_another_keyed_digest_even_if_they_join_to_the_same_bytes(
+    one: list[bytes], two: list[bytes]
+) -> None:
+    assert (keyed_digest(KEY, *one) == keyed_digest(KEY, *two)) == (one == two)
+    assert keyed_digest(KEY, *one, b"a", b"b") != keyed_digest(KEY, *one, b"ab")
+    assert keyed_digest(KEY, *one, b"") != keyed_digest(KEY, *one)
+
+
+PASSPHRASE = b"correct horse battery staple"
+KINDS = pytest.mark.parametrize("kind", [Identity, AgreementKey])
+
+
+def open_file(key: Identity | AgreementKey) -> bytes:
+    return key_to_file(key, b"", insecure_no_passphrase=True)
+
+
+def secret_of(key: Identity | AgreementKey) -> bytes:
+    return key.seed() if isinstance(key, Identity) else key.secret()
+
+
+def clamped(secret: bytes) -> bytes:
+    """Return an X25519 secret as RFC 7748, section 5, decodes it."""
+    return bytes([secret[0] & 248, *secret[1:31], (secret[31] & 127) | 64])
+
+
+@KINDS
+def test_a_key_comes_back_from_its_file_and_names_its_public_half_without_a_passphrase(kind: Any) -> None:
+    key = kind(SECRET)
+
+    sealed, bare = key_to_file(key, PASSPHRASE), open_file(key)
+
+    again = [
+        key_from_file(sealed, kind, PASSPHRASE),
+        key_from_file(bare, kind, b"", insecure_no_passphrase=True),
+    ]
+    expected = SECRET if kind is Identity else clamped(SECRET)
+    assert [secret_of(each) for each in again] == [expected, expected]
+    assert [each.public for each in again] == [key.public] * 2
+    assert public_in_file(sealed, kind) == public_in_file(bare, kind) == key.public
+    assert key_to_file(key, PASSPHRASE) != sealed  # another salt
+
+
+def test_a_key_file_is_that_of_rfc_8410() -> None:
+    private = "MC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC"  # section 10.3
+    public = "MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE="  # section 10.1
+
+    raw = open_file(Identity(base64.b64decode(private)[-32:]))
+
+    assert raw.decode() == (
+        f"-----BEGIN PRIVATE KEY-----\n{private}\n-----END PRIVATE KEY-----\n"
+        f"-----BEGIN PUBLIC KEY-----\n{public}\n-----END PUBLIC KEY-----\n"
+    )
+
+
+@KINDS
+def test_other_programs_read_an_encrypted_key_file(kind: Any, tmp_path: Path) -> None:
+    path = tmp_path / "key.pem"
+    path.write_bytes(key_to_file(kind(clamped(SECRET)), PASSPHRASE))
+
+    loaded: Any = load_pem_private_key(path.read_bytes(), PASSPHRASE)
+
+    assert loaded.private_bytes_raw() == clamped(SECRET)
+    if openssl := shutil.which("openssl"):
+        call = [openssl, "pkey", "-in", str(path), "-passin", "stdin", "-pubout"]
+        shown = subprocess.run(call, input=PASSPHRASE, capture_output=True, check=True)
+        assert path.read_bytes().endswith(shown.stdout)
+
+
+def private_part(raw: bytes) -> bytes:
+    """Return the DER of the private key in a file."""
+    return base64.b64decode(raw.split(b"KEY-----\n")[1].split(b"-----")[0])
+
+
+def with_private_part(raw: bytes, der: bytes) -> bytes:
+    """Return the file with another DER in place of the private key's."""
+    begin, text, rest = raw.partition(b"KEY-----\n")[0], base64.b64encode(der), raw[raw.index(b"-----END ") :]
+    return begin + b"KEY-----\n" + b"".join(text[at : at + 64] + b"\n" for at in range(0, len(text), 64)) + rest
+
+
+def test_a_passphrase_is_stretched_600_000_times() -> None:
+    der = private_part(key_to_file(Identity(SECRET), PASSPHRASE))
+
+    salt, start, sealed = der[35:51], der[85:101], der[103:]
+    key = hashlib.pbkdf2_hmac("sha256", PASSPHRASE, salt, 600_000)
+    opener = Cipher(algorithms.AES256(key), modes.CBC(start)).decryptor()
+    assert (opener.update(sealed) + opener.finalize())[16:48] == SECRET
+
+
+def test_a_key_file_with_any_bit_turned_over_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crypto, "PASSPHRASE_ROUNDS", 1 << 16)  # a tenth of the time
+    sealed, bare = key_to_file(Identity(SECRET), PASSPHRASE), open_file(AgreementKey(SECRET))
+    der = private_part(sealed)
+
+    # One bit of each byte where the passphrase is stretched each time, else all of them.
+    damaged = [sealed[:at] + bytes([byte ^ 1 << at % 8]) + sealed[at + 1 :] for at, byte in enumerate(sealed)]
+    damaged += [
+        with_private_part(sealed, der[:at] + bytes([byte ^ 1 << at % 8]) + der[at + 1 :]) for at, byte in enumerate(der)
+    ]
+
+    for raw in damaged:
+        with pytest.raises((SealError, UsageError)):
+            key_from_file(raw, Identity, PASSPHRASE)
+    for raw in flips(bare):
+        with pytest.raises((SealError, UsageError)):
+            key_from_file(raw, AgreementKey, b"", insecure_no_passphrase=True)
+
+
+@pytest.mark.parametrize("bit", [0, 1, 2, 254, 255])
+def test_the_bits_that_agreement_ignores_are_not_ignored_in_a_file(bit: int) -> None:
+    bare = open_file(AgreementKey(SECRET))
+    other = (int.from_bytes(clamped(SECRET), "little") ^ (1 << bit)).to_bytes(32, "little")
+
+    raw = with_private_part(bare, private_part(bare)[:-32] + other)
+
+    with pytest.raises(SealError, match="damaged"):
+        key_from_file(raw, AgreementKey, b"", insecure_no_passphrase=True)
+
+
+def test_a_key_file_needs_its_passphrase_its_kind_and_its_word() -> None:
+    sealed, bare = key_to_file(Identity(SECRET), PASSPHRASE), open_file(Identity(SECRET))
+    refusals: list[tuple[type[Exception], str, Callable[[], object]]] = [
+        (SealError, "passphrase is another", lambda: key_from_file(sealed, Identity, PASSPHRASE + b"!")),
+        (SealError, "passphrase is another", lambda: key_from_file(sealed, Identity, b"x" * 5000)),
+        (UsageError, "Give its passphrase", lambda: key_from_file(sealed, Identity, b"")),
+        (UsageError, "Give its passphrase", lambda: key_from_file(sealed, Identity, b"", insecure_no_passphrase=True)),
+        (UsageError, "is not encrypted, but", lambda: key_from_file(bare, Identity, PASSPHRASE)),
+        (UsageError, "say insecure_no_passphrase", lambda: key_from_file(bare, Identity, b"")),
+        (SealError, "another kind", lambda: key_from_file(sealed, AgreementKey, PASSPHRASE)),
+        (SealError, "another kind", lambda: key_from_file(bare, AgreementKey, b"", insecure_no_passphrase=True)),
+        (SealError, "another kind", lambda: public_in_file(sealed, AgreementKey)),
+        (UsageError, "say insecure_no_passphrase", lambda: key_to_file(ALICE, b"")),
+        (UsageError, "Leave one of the two", lambda: key_to_file(ALICE, PASSPHRASE, insecure_no_passphrase=True)),
+        (UsageError, "14 bytes; 15 to 1023", lambda: key_to_file(ALICE, b"x" * 14)),
+        (UsageError, "1024 bytes; 15 to 1023", lambda: key_to_file(ALICE, b"x" * 1024)),
+        (UsageError, "must have 32", lambda: key_to_file(ALICE, PASSPHRASE, entropy=lambda _: b"")),
+    ]
+
+    for error, words, call in refusals:
+        with pytest.raises(error, match=words):
+            call()
+
+
+@given(strategies.binary(max_size=300) | strategies.text("ABab01+/=\n-", max_size=300).map(str.encode))
+def test_what_is_no_key_file_is_a_seal_error(raw: bytes) -> None:
+    private, public = b"-----%b PRIVATE KEY-----\n", b"-----%b PUBLIC KEY-----\n"
+    around = [part % word for part in (private, public) for word in (b"BEGIN", b"END")]
+    framed = around[0] + raw + around[1] + around[2] + raw + around[3]
+
+    for text in (raw, framed, framed.replace(b" PRIVATE", b" ENCRYPTED PRIVATE")):
+        with pytest.raises(SealError):
+            public_in_file(text, Identity)
+
+
 def spellings(secret: bytes) -> list[str]:
     return [secret.hex(), repr(secret)[2:-1], base64.b64encode(secret).decode()[:40], str(list(secret))[1:-1]]
 
@@ -647,6 +820,15 @@ def test_a_secret_is_in_no_error() -> None:
         lambda: deliver(SECRET, bytes(32), b"", Identity(SECRET)),
         lambda: receive(envelope, AgreementKey(SECRET), b"", ALICE.public),
         lambda: KemKey(SECRET + SECRET).decapsulate(b""),
+        lambda: keyed_digest(SECRET + b"\0", SECRET),
+        lambda: key_to_file(Identity(SECRET), SECRET[:14]),
+        lambda: key_to_file(Identity(SECRET), SECRET, insecure_no_passphrase=True),
+        lambda: key_to_file(Identity(SECRET), b""),
+        lambda: key_from_file(open_file(Identity(SECRET)), Identity, SECRET),
+        lambda: key_from_file(open_file(Identity(SECRET)), Identity, b""),
+        lambda: key_from_file(open_file(Identity(SECRET)), AgreementKey, b"", insecure_no_passphrase=True),
+        lambda: key_from_file(open_file(Identity(SECRET))[:-1], Identity, b"", insecure_no_passphrase=True),
+        lambda: key_from_file(key_to_file(Identity(SECRET), SECRET), Identity, PASSPHRASE),
     ]
 
     for call in failing:

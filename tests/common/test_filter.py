@@ -4,6 +4,7 @@ import dataclasses
 import math
 import statistics
 import time
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given, settings, strategies
 from confide.common.accounting import planned_cost, planned_spend
 from confide.common.errors import PrivacyError
 from confide.common.filter import MOST_EPSILON, Filter, best_order, order_for
-from confide.common.renyi import rdp_check
+from confide.common.renyi import RDP_ORDERS, rdp_check, renyi_divergence
 from tests.common.spending import PRIVACY, SPEND, many_unlike, spend
 
 # Budget, spends that are offered one after the other.
@@ -94,6 +95,43 @@ def test_a_filter_is_a_plain_value_that_goes_on_from_its_four_fields() -> None:
 def test_a_filter_with_a_spend_of_no_noise_says_no() -> None:
     with pytest.raises(PrivacyError, match="would cost inf"):
         Filter(epsilon=100.0, delta=1e-5).admits(spend(0.1, 5e-324, 1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(OFFERS, strategies.integers(0, 19), strategies.integers(1, 50))
+def test_what_is_taken_back_leaves_never_less_than_what_the_other_spends_come_to(
+    offers: list[tuple[float, float, int]], which: int, steps: int
+) -> None:
+    """Compared with the exact sum, as fractions of the same divergences."""
+    offers = [*offers, (0.1, 2.0, steps)]
+    rate, noise, whole = offers[which % len(offers)]
+    back = min(steps, whole)
+
+    gate = Filter(epsilon=100.0, delta=1e-5, order=8).after(spend(*offer) for offer in offers)
+    gate = gate.without(spend(rate, noise, back))
+
+    place = RDP_ORDERS.index(8)
+    exact = sum(Fraction(float(renyi_divergence(q, sigma)[place])) * count for q, sigma, count in offers)
+    rest = exact - Fraction(float(renyi_divergence(rate, noise)[place])) * back
+    assert Fraction(gate.spent) >= rest
+    assert gate.spent == pytest.approx(float(rest), rel=1e-9, abs=1e-9)
+
+
+def test_more_than_was_spent_is_not_taken_back() -> None:
+    with pytest.raises(PrivacyError, match="cannot have spent -"):
+        Filter(epsilon=8.0, delta=1e-5).after([spend(0.1, 2.0, 1)]).without(spend(0.1, 2.0, 2))
+
+
+def test_an_exhausted_filter_lets_nothing_through_and_forgets_nothing() -> None:
+    gate = Filter(epsilon=8.0, delta=1e-5).after([SPEND]).exhausted()
+
+    assert gate.left < 0
+    assert gate.used == pytest.approx(8.0)
+    assert gate.room < gate.spent
+    with pytest.raises(PrivacyError, match="only 0 is left"):
+        gate.admits(spend(1e-12, 1e6, 1))
+    beyond = Filter(epsilon=1.0, delta=1e-5).after([spend(1.0, 1.0, 100)])
+    assert beyond.exhausted() == beyond
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 from confide.client.mechanism import Delta
 from confide.common.canonical import canonical_bytes
+from confide.common.checkpoint import SHORT_CHARACTERS
 from confide.common.errors import ConfideError, DataError, MessageError, Refused
 from confide.common.messages import (
     LARGEST_BODY_BYTES,
@@ -48,9 +50,12 @@ OFFER = Offer(
     ring="sha256:3",
     signature=b"\x00\n\xff",
 )
-PEERS = Peers(context="c0", adapter="sha256:5", advertisements=b"keys")
+PEERS = Peers(context="c0", adapter="sha256:5", advertisements=b"keys", checkpoints=("a", ""))
+ADVERTISEMENT = Advertisement(context="c0", keys=b"keys", checkpoint="a")
 START = Start(context="c1", inbox=b"boxes\n{}", adapter=np.array([0.0, -0.0, 1.5], np.float32))
-CONTRIBUTION = Contribution(context="c1", vector=MaskedVector(words=np.array([0, 1, 2**32 - 1], np.uint32)))
+CONTRIBUTION = Contribution(
+    context="c1", vector=MaskedVector(words=np.array([0, 1, 2**32 - 1], np.uint32)), checkpoint="a"
+)
 FAILURE = Failure(error="Refused", sentence="The site refused.")
 
 TEXTS = strategies.text(
@@ -72,8 +77,14 @@ MESSAGES = strategies.one_of(
         ring=TEXTS,
         signature=RAW,
     ),
-    strategies.builds(Advertisement, context=TEXTS, keys=RAW),
-    strategies.builds(Peers, context=TEXTS, adapter=TEXTS, advertisements=RAW),
+    strategies.builds(Advertisement, context=TEXTS, keys=RAW, checkpoint=TEXTS),
+    strategies.builds(
+        Peers,
+        context=TEXTS,
+        adapter=TEXTS,
+        advertisements=RAW,
+        checkpoints=strategies.lists(TEXTS, max_size=5).map(tuple),
+    ),
     strategies.builds(Shares, context=TEXTS, sealed=RAW),
     strategies.builds(
         Start,
@@ -87,6 +98,7 @@ MESSAGES = strategies.one_of(
         Contribution,
         context=TEXTS,
         vector=strategies.builds(MaskedVector, words=arrays.arrays(np.uint32, LENGTHS)),
+        checkpoint=TEXTS,
     ),
     strategies.builds(Survivors, context=TEXTS, sites=RAW),
     strategies.builds(Confirmation, context=TEXTS, signature=RAW),
@@ -131,7 +143,9 @@ def test_a_body_is_the_documented_json() -> None:
     assert seal(FAILURE).body == (
         b'{"error":"Refused","format":"confide-message/1","kind":"failure","sentence":"The site refused."}'
     )
-    assert seal(CONTRIBUTION).body == b'{"context":"c1","format":"confide-message/1","kind":"contribution"}'
+    assert seal(CONTRIBUTION).body == (
+        b'{"checkpoint":"a","context":"c1","format":"confide-message/1","kind":"contribution"}'
+    )
 
 
 def test_raw_bytes_stand_behind_the_json_and_a_line_break() -> None:
@@ -272,6 +286,39 @@ def test_an_offer_with_a_mistyped_field_is_refused(body: bytes) -> None:
 
     with pytest.raises(MessageError):
         open_envelope(Envelope(body=body))
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (ADVERTISEMENT, {"checkpoint": None}),
+        (ADVERTISEMENT, {"checkpoint": 1}),
+        (ADVERTISEMENT, {"checkpoint": ["a"]}),
+        (ADVERTISEMENT, {"checkpoint": "a" * 201}),
+        (ADVERTISEMENT, {"checkpoint": "a\n"}),
+        (PEERS, {"checkpoints": None}),
+        (PEERS, {"checkpoints": "a"}),
+        (PEERS, {"checkpoints": {"a": ""}}),
+        (PEERS, {"checkpoints": ["a", 1]}),
+        (PEERS, {"checkpoints": ["a", None]}),
+        (PEERS, {"checkpoints": ["a" * 201]}),
+        (PEERS, {"checkpoints": [""] * 1001}),
+    ],
+)
+def test_a_message_with_a_mistyped_or_missing_checkpoint_is_refused(message: Message, change: dict[str, Any]) -> None:
+    open_envelope(Envelope(body=changed(message)))
+
+    body = changed(message, **change)
+
+    with pytest.raises(MessageError):
+        open_envelope(Envelope(body=body))
+
+
+def test_the_checkpoints_of_the_largest_federation_fit_into_a_message() -> None:
+    hybrid = bytes(1000 * (2 + 1248 + 64))
+    peers = dataclasses.replace(PEERS, advertisements=hybrid, checkpoints=(SHORT_CHARACTERS * "c",) * 1000)
+
+    assert same(open_envelope(seal(peers)), peers)
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 
-from confide.client.spends import SpendLog
 from confide.common.accounting import cost, planned_cost, planned_spend
-from confide.common.budget import left, what_if
+from confide.common.budget import left, spent_before, what_if
 from confide.common.calibration import noise_multiplier
 from confide.common.errors import PrivacyError, UsageError
 from confide.common.explain import explain
 from confide.common.filter import Filter, order_for
 from confide.common.plan import Plan, load_plan
-from confide.common.spend import read_spent
 from tests.common.spending import spent_file
 from tests.conftest import run
 
@@ -132,14 +130,28 @@ def test_a_budget_that_is_overspent_leaves_nothing(capsys: pytest.CaptureFixture
     assert "0 more rounds like these can follow" in told
 
 
-def test_a_sites_record_of_spends_is_read_as_the_site_reads_it(
+def test_what_a_site_spent_is_read_from_its_exported_ledger(
     demo: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = spent_file(tmp_path, planned_spend(demo.privacy), 3)
+    path = spent_file(tmp_path, demo, 3)
 
-    assert read_spent(path) == SpendLog(path).spends
+    assert [spend.round for spend in spent_before(path)] == [1, 2, 3]
     by_file = asked(capsys, "--budget", 12, "--spent", path)
     assert by_file["left"] == asked(capsys, "--budget", 12, "--spent-rounds", 3)["left"]
+    assert asked(capsys, "--budget", 12, "--spent", path, "--account", 1)["left"] == by_file["left"]
+    assert run("plan", "budget", DEMO, "--budget", 12, "--spent", path, "--account", 2) == 2
+
+
+def test_an_exported_ledger_that_was_changed_is_refused(
+    demo: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = spent_file(tmp_path, demo, 3)
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b'"steps":4', b'"steps":1', 1))
+    assert path.read_bytes() != raw
+
+    assert run("plan", "budget", DEMO, "--budget", 12, "--spent", path) == 13
+    assert "the ledger" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -154,8 +166,9 @@ def test_a_sites_record_of_spends_is_read_as_the_site_reads_it(
         (["--sampling-rate", "2"], 2, "outside its range"),
         (["--budget", "0"], 2, "outside its range"),
         (["--spent-rounds", "3"], 2, "Give one with --budget"),
+        (["--budget", "9", "--account", "1"], 2, "Give one with --spent"),
         (["--budget", "9", "--spent-rounds", "0"], 2, "outside its range"),
-        (["--budget", "9", "--spent", "nowhere.jsonl"], 2, "Cannot read the spend record"),
+        (["--budget", "9", "--spent", "nowhere.jsonl"], 2, "Cannot read the export"),
         (["--rows-per-person", "1"], 2, "outside its range"),
         (["--figure", "epsilon.pdf"], 2, "must end in .png or .svg"),
         (["--epsilon", "1e-6"], 7, "cannot be reached"),

@@ -1,5 +1,6 @@
 """Secure aggregation among honest sites: the sum is exact, whoever drops out, and what is sent looks like nothing."""
 
+import dataclasses
 import hashlib
 import itertools
 from collections import Counter
@@ -244,3 +245,34 @@ def test_the_context_is_the_hash_the_page_says() -> None:
 
     head = b"confide-secagg/1 context\n" + attempt.pre + vector_digest(ADAPTER).encode() + b"\n"
     assert server._gathering.ctx == hashlib.sha256(head + peers.advertisements).digest()
+
+
+def test_checkpoints_are_handed_on_unread_and_in_the_order_of_the_sites_that_advertised() -> None:
+    cohort = Cohort(count=5, ring=ring())
+    attempt = cohort.begun()
+    server, sites = ServerSide(attempt, vector_digest(ADAPTER)), {}
+    for name in reversed(cohort.names[:4]):
+        sites[name] = cohort.site(name, attempt)
+        server.advertised(name, dataclasses.replace(sites[name].advertise(), checkpoint=f"of {name}"))
+
+    peers = server.peers()
+    sites["site-0000"].share(peers)
+
+    assert peers.checkpoints == tuple(f"of {name}" for name in cohort.names[:4])
+    assert sites["site-0000"].peers == cohort.names[:4]
+
+
+@pytest.mark.parametrize("told", [(), ("",) * 3, ("",) * 5])
+def test_checkpoints_that_are_not_one_for_each_advertisement_end_the_attempt(told: tuple[str, ...]) -> None:
+    cohort = Cohort(count=4, ring=ring())
+    attempt = cohort.begun()
+    server = ServerSide(attempt, vector_digest(ADAPTER))
+    sites = [cohort.site(name, attempt) for name in cohort.names]
+    for name, site in zip(cohort.names, sites, strict=True):
+        server.advertised(name, site.advertise())
+    peers = server.peers()
+
+    with pytest.raises(MessageError, match="one is due with each"):
+        sites[0].share(dataclasses.replace(peers, checkpoints=told))
+    with pytest.raises(Refused):
+        sites[0].share(peers)

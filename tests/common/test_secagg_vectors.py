@@ -1,5 +1,6 @@
 """Known answers: the implementation and a reference that shares no code with it give the same bytes, those of the file."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -11,6 +12,7 @@ import pytest
 
 from confide.common.attempt import Attempt
 from confide.common.canonical import canonical_bytes
+from confide.common.checkpoint import SHORT_CHARACTERS
 from confide.common.crypto import Identity, Keystream, Scratch, derive, verify
 from confide.common.graph import COMPLETE, COMPLETE_UP_TO, SEMI_HONEST, connections, neighbourhoods
 from confide.common.messages import Envelope, Message, Offer, open_envelope, seal, vector_digest
@@ -127,12 +129,12 @@ def test_bodies_of_messages_are_as_long_as_the_page_says(count: int) -> None:
     whole = "sha256:" + 64 * "0"
     offer = cohort.offer(plan=whole, layout=whole)
 
-    cohort.run()
+    cohort.run(spoil=with_checkpoint)
 
-    said = {"advertise": 259, "share": 82 * count + 74, "contribute": 129, "confirm": 194, "open": 33 * count + 125}
+    said = {"advertise": 447, "share": 82 * count + 74, "contribute": 317, "confirm": 194, "open": 33 * count + 125}
     assert len(seal(offer).body) == 12 * count + 483
     assert {(name, len(seal(sent).body)) for _, name, sent in cohort.transcript} == set(said.items())
-    assert sum(said.values()) == 115 * count + 781
+    assert sum(said.values()) == 115 * count + 1157
 
 
 @pytest.mark.parametrize("count", [3, 10])
@@ -140,17 +142,24 @@ def test_bodies_of_hybrid_messages_are_as_long_as_the_page_says(count: int) -> N
     layout = RingLayout(length=4, max_sites=1000, update_bound=1.0)
     cohort = Cohort(count=count, ring=layout, terms=Federation(key_agreement=HYBRID))
 
-    cohort.run()
+    cohort.run(spoil=with_checkpoint)
 
     said = {
-        "advertise": 1443,
+        "advertise": 1631,
         "share": 1170 * count - 1014,
-        "contribute": 129,
+        "contribute": 317,
         "confirm": 194,
         "open": 33 * count + 125,
     }
     assert {(name, len(seal(sent).body)) for _, name, sent in cohort.transcript} == set(said.items())
-    assert sum(said.values()) == 1203 * count + 877
+    assert sum(said.values()) == 1203 * count + 1253
+
+
+def with_checkpoint(exchange: str, site: str, message: Any) -> Any:
+    """Return a site's message; what it advertises and contributes with a checkpoint of a ledger."""
+    if exchange not in {"advertise", "contribute"}:
+        return message
+    return dataclasses.replace(message, checkpoint=SHORT_CHARACTERS * "c")
 
 
 @pytest.mark.parametrize("name", ["three sites, 32 bits", "five sites, 32 bits", "three sites, 32 bits, hybrid"])
@@ -161,7 +170,7 @@ def test_bodies_from_the_server_are_as_long_as_the_page_says(name: str) -> None:
 
     n, hybrid = answer["sites"], answer["key_agreement"] == HYBRID
     said = {
-        "peers": 1314 * n + 207 if hybrid else 130 * n + 207,
+        "peers": 1489 * n + 223 if hybrid else 305 * n + 223,
         "start": 1172 * n - 1049 if hybrid else 84 * n + 39,
         "survivors": 2 * n + 127,
         "signatures": 66 * (2 * n // 3 + 1) + 128,
@@ -200,7 +209,11 @@ def played(name: str, answer: Mapping[str, Any]) -> tuple[Sent, list[int]]:
             if one is not None:
                 take(site, one)
 
-    taken("advertisement", answers(range(len(sites)), lambda site: site.advertise()), server.advertised)
+    advertisements = [
+        dataclasses.replace(site.advertise(), checkpoint=checkpoint)
+        for site, checkpoint in zip(sites, shown(answer), strict=True)
+    ]
+    taken("advertisement", advertisements, server.advertised)
     peers = server.peers()
     sent["peers"] = seal(peers)
     shares = answers(range(len(sites)), lambda site: site.share(peers))
@@ -216,7 +229,11 @@ def played(name: str, answer: Mapping[str, Any]) -> tuple[Sent, list[int]]:
         id(site): RingVector(words=np.array(answer["vectors"][place], ring.dtype), layout=ring)
         for place, site in enumerate(sites)
     }
-    taken("contribution", answers(left, lambda site: site.mask(x[id(site)])), server.contributed)
+    contributions = [
+        one and dataclasses.replace(one, checkpoint=checkpoint)
+        for one, checkpoint in zip(answers(left, lambda site: site.mask(x[id(site)])), shown(answer), strict=True)
+    ]
+    taken("contribution", contributions, server.contributed)
     survivors = server.survivors()
     sent["survivors"] = seal(survivors)
     taken("confirmation", answers(left, lambda site: site.confirm(survivors)), server.confirmed)
@@ -224,6 +241,11 @@ def played(name: str, answer: Mapping[str, Any]) -> tuple[Sent, list[int]]:
     sent["signatures"] = seal(signatures)
     taken("opening", answers(left, lambda site: site.open(signatures)), server.opened)
     return sent, server.total().words.tolist()
+
+
+def shown(answer: Mapping[str, Any]) -> list[str]:
+    """Return the checkpoints that the sites of a round show."""
+    return [json.loads(advertisement["text"])["checkpoint"] for advertisement in answer["advertisement"]]
 
 
 def offered(answer: Mapping[str, Any]) -> Offer:

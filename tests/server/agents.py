@@ -1,22 +1,27 @@
 """A federation of real agents whose training adds a constant, and a wire between them and the server that may fail."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from confide.client.agent import Agent
+from confide.client.journal import Journal
 from confide.client.kept import Kept
 from confide.client.mechanism import Delta, Mechanism, Randomness
-from confide.client.spends import SpendLog
+from confide.client.spends import Spends
 from confide.common.adapter import Floats, Layout
 from confide.common.messages import Envelope, Failure, Offer, kind_of, open_envelope, seal
 from confide.common.plan import Plan
 from confide.common.ring import RingLayout
+from confide.common.witness import Witness
 from confide.server.rounds import Run
+from confide.server.summation import SecureSummation
 from confide.simulations.enrolment import Sums
 from confide.simulations.insecure import InsecureSeededNoise
+from confide.simulations.vaults import DATA, kept_entropy, open_ledger
 
 LAYOUT = Layout.of({"B": (2, 2), "head": (1,)})
 RING = RingLayout(length=5, update_bound=10.0, max_sites=16)
@@ -60,6 +65,10 @@ class Steady:
         self.starts.append(start.copy())
         return Delta(values=np.full(LAYOUT.length, self.move, np.float32))
 
+    def evidence_of(self, number: int) -> bytes:
+        """Return nothing: nothing is measured."""
+        return b""
+
 
 class Fresh(InsecureSeededNoise):
     """Draws that the record of spends takes for fresh ones, so that no round is trained twice; else as good as seeded."""
@@ -78,8 +87,10 @@ class Sites:
         ring: How updates are written as integers.
         script: What a site does at a moment; honest if absent.
         randomness: The class of each site's draws.
-        folder: Where spends are recorded; in memory only if None.
+        folder: Where the ledgers lie; in memory only if None.
         vectors: Where vectors are kept until their round is over; in memory only if None.
+        watched: Whether every site has a witness for everybody's ledger.
+        witness: The server's witness, if it has one.
         moments: What was asked and when, in order.
         sent: For each moment and site, bytes down and bytes up.
     """
@@ -92,26 +103,44 @@ class Sites:
     randomness: type[InsecureSeededNoise] = InsecureSeededNoise
     folder: Path | None = None
     vectors: Path | None = None
+    watched: bool = False
+    witness: Witness | None = None
     moments: list[Moment] = dataclasses.field(default_factory=list)
     offers: list[Offer] = dataclasses.field(default_factory=list)
     sent: dict[tuple[Moment, str], tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        sums = Sums.of(self.summation, self.plan, self.ring, self.names)
+        entropy = os.urandom if self.folder is None else kept_entropy(self.folder)
+        sums = Sums.of(self.summation, self.plan, self.ring, self.names, entropy)
+        summation = sums.summation
+        if isinstance(summation, SecureSummation):
+            summation = SecureSummation(summation.roster, summation.coordinator, witness=self.witness)
         self.run = Run(
             name="demo",
             plan=self.plan,
             layout=LAYOUT,
             ring=self.ring,
             sites=self.names,
-            summation=sums.summation,
+            summation=summation,
         )
         self.trainers = {site: Steady(number) for number, site in enumerate(sorted(self.names), start=1)}
         self.protections = sums.protections
+        self.identities = sums.identities
+        self.witnesses = {site: Witness() for site in self.names if self.watched}
+        self.ledgers: dict[str, Journal] = {}
         self.agents = {site: self.agent(site) for site in self.names}
 
     def agent(self, site: str) -> Agent:
         """Return the site's agent as a new process would begin it."""
+        if self.folder is not None or site not in self.ledgers:
+            self.ledgers[site] = open_ledger(
+                self.path(site),
+                site=site,
+                identity=self.identities[site],
+                plan=self.plan,
+                run="demo",
+                declared_persons=120,
+            )
         return Agent(
             site=site,
             run="demo",
@@ -121,9 +150,35 @@ class Sites:
             ring=self.ring,
             randomness=lambda number: self.randomness(7, site, number),
             protection=self.protections[site],
-            spends=SpendLog(None if self.folder is None else self.folder / f"{site}.jsonl"),
+            spends=Spends(self.ledgers[site], run="demo", plan=self.plan.digest, data=DATA),
             kept=None if self.vectors is None else Kept(self.vectors / site, site.encode().ljust(32)),
+            witness=self.witnesses.get(site),
         )
+
+    def path(self, site: str) -> Path | None:
+        """Return where a site's ledger lies."""
+        return None if self.folder is None else self.folder / f"{site}.ledger"
+
+    def shown(self, site: str) -> str:
+        """Return the newest checkpoint of a site's ledger, as it travels."""
+        return self.ledgers[site].checkpoint().short()
+
+    def copy(self, site: str) -> bytes:
+        """Return a copy of the file of a site's ledger; its agent is started anew."""
+        path = self.path(site)
+        assert path is not None
+        self.ledgers[site].close()
+        content = path.read_bytes()
+        self.agents[site] = self.agent(site)
+        return content
+
+    def put_back(self, site: str, content: bytes) -> None:
+        """Put a copy in place of a site's ledger, and start its agent anew."""
+        path = self.path(site)
+        assert path is not None
+        self.ledgers[site].close()
+        path.write_bytes(content)
+        self.agents[site] = self.agent(site)
 
     def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Iterator[tuple[str, Envelope]]:
         """Yield what each site answers, if anything."""

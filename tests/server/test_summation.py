@@ -2,8 +2,10 @@
 
 import dataclasses
 import logging
+import secrets
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,8 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from confide.client.agent import Agent
+from confide.client.journal import Journal
+from confide.common.entries import Started
 from confide.common.errors import DataError, MessageError, RunError
 from confide.common.messages import (
     Advertisement,
@@ -21,6 +25,7 @@ from confide.common.messages import (
     MaskedVector,
     Message,
     Opening,
+    Peers,
     Shares,
     Survivors,
     open_envelope,
@@ -30,7 +35,8 @@ from confide.common.messages import (
 from confide.common.plan import Plan
 from confide.common.ring import RingLayout, Update
 from confide.common.shamir import SHARE_BYTES
-from confide.server.summation import Collected, Conversation, Task
+from confide.common.witness import Witness
+from confide.server.summation import Collected, Conversation, SecureSummation, Task
 from tests.cohorts import EXCHANGES
 from tests.server.agents import (
     LAYOUT,
@@ -349,6 +355,174 @@ def test_a_masked_vector_is_let_go_before_the_next_one_is_made(plan: Plan) -> No
 
     assert collected.total is not None
     assert alive == [0, 0, 0, 0]
+
+
+def test_sites_are_told_everybodys_checkpoint_in_the_order_of_their_places(plan: Plan) -> None:
+    shown: dict[str, str] = {}
+    told: list[tuple[str, ...]] = []
+
+    def noting(agent: Agent, envelope: Envelope) -> Envelope | None:
+        message, answer = open_envelope(envelope), agent.answer(envelope)
+        if isinstance(message, Peers):
+            told.append(message.checkpoints)
+        if isinstance(advertisement := open_envelope(answer), Advertisement):
+            shown[agent.site] = advertisement.checkpoint
+        return answer
+
+    def script(site: str, moment: Moment) -> Behaviour:
+        return unheard if (site, moment[2]) == ("b", "advertise") else noting
+
+    collected = collect(Sites(plan=plan, summation="real", watched=True, script=script))
+
+    assert collected.present == ("a", "c", "d")
+    assert len(set(shown.values())) == 3
+    assert told == [tuple(shown[site] for site in "acd")] * 3
+
+
+def test_a_server_without_a_witness_takes_sites_without_ledgers(plan: Plan) -> None:
+    behaviour = changing(Contribution, lambda message: dataclasses.replace(message, checkpoint=""))
+
+    collected = collect(Sites(plan=plan, summation="real", script=lambda *_: behaviour))
+
+    assert collected.present == SITES
+
+
+def forked(ledger: Journal, size: int) -> None:
+    """Let a ledger grow to that size with records that it never had."""
+    while ledger.book.size < size:
+        ledger.append(Started(process=secrets.token_hex(16), software="another"))
+
+
+# What a ledger that was put back does next, as the records it has more than were seen, and what then shows.
+GROWN: dict[str, tuple[int | None, str]] = {
+    "an old copy": (None, "An old copy was put in its place: put the newest back"),
+    "a fork": (0, "There are two of it"),
+    "an old copy that grew by starts of agents": (1, "has 0 reserved rounds; it had 1 when it was last seen"),
+    "an old copy that grew by many starts": (30, "has 0 reserved rounds; it had 1 when it was last seen"),
+}
+
+
+@pytest.mark.parametrize("what", GROWN)
+def test_a_site_whose_ledger_went_back_is_not_in_the_sum_and_the_server_remembers_that_over_a_restart(
+    plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    beyond, words = GROWN[what]
+    path = tmp_path / "witness.json"
+    sites = Sites(plan=plan, summation="real", folder=tmp_path, witness=Witness(path))
+    copy = sites.copy("d")
+    assert collect(sites).present == SITES
+    seen = Witness(path).last("simulation", "d")
+    assert seen is not None
+    sites.put_back("d", copy)  # the whole disk was, and the site itself cannot tell
+    forked(sites.ledgers["d"], 0 if beyond is None else seen.size + beyond)
+    secure = sites.run.summation
+    assert isinstance(secure, SecureSummation)
+    restarted = SecureSummation(secure.roster, secure.coordinator, witness=Witness(path))
+
+    with caplog.at_level(logging.WARNING):
+        collected = restarted.collect(sites, dataclasses.replace(task(sites), round=2))
+
+    assert dict(collected.missing) == {"d": "advertise: Refused"}
+    assert collected.present == ("a", "b", "c")
+    assert "site d was lost: The ledger of site d of simulation has" in caplog.text
+    assert words in caplog.text
+    assert [len(sites.trainers[site].starts) for site in SITES] == [2, 2, 2, 1]
+
+
+def test_a_ledger_that_is_put_back_to_what_it_showed_before_it_trained_is_refused(plan: Plan, tmp_path: Path) -> None:
+    sites = Sites(plan=plan, summation="real", folder=tmp_path, witness=Witness())
+    copy = sites.copy("d")
+    sites.script = lambda _, moment: unheard if moment[2] == "confirm" else honest
+    collect(sites)
+    sites.put_back("d", copy)
+    sites.script = lambda *_: honest
+
+    collected = sites.run.summation.collect(sites, dataclasses.replace(task(sites), round=2))
+
+    assert dict(collected.missing) == {"d": "advertise: Refused"}
+    assert len(sites.trainers["d"].starts) == 1
+
+
+def test_a_vector_without_a_newer_checkpoint_than_was_seen_is_not_in_the_sum(plan: Plan, tmp_path: Path) -> None:
+    sites = Sites(plan=plan, summation="real", folder=tmp_path, witness=Witness())
+    old = sites.shown("d")
+    collect(sites)
+    spoil = changing(Contribution, lambda message: dataclasses.replace(message, checkpoint=old))
+    sites.script = only("d", spoil)
+
+    collected = sites.run.summation.collect(sites, dataclasses.replace(task(sites), round=2))
+
+    assert dict(collected.missing) == {"d": "contribute: Refused"}
+    assert collected.present == ("a", "b", "c")
+    assert collected.total is not None
+    assert Update.decode(collected.total).mean == pytest.approx(np.full(5, 2.0), abs=1e-5)
+
+
+SHOWN: dict[str, Callable[[str], str]] = {
+    "nothing": lambda checkpoint: "",
+    "no checkpoint": lambda checkpoint: "none",
+    "another signature": lambda checkpoint: checkpoint[:-8] + "AAAAAAAA",
+}
+
+
+@pytest.mark.parametrize("case", SHOWN)
+def test_a_server_with_a_witness_takes_no_site_that_shows_no_checkpoint_of_its_own(plan: Plan, case: str) -> None:
+    showing = changing(
+        Advertisement, lambda message: dataclasses.replace(message, checkpoint=SHOWN[case](message.checkpoint))
+    )
+    sites = Sites(plan=plan, summation="real", watched=True, witness=Witness(), script=only("d", showing))
+
+    collected = collect(sites)
+
+    assert dict(collected.missing) == {"d": "advertise: Refused"}
+    assert collected.present == ("a", "b", "c")
+
+
+def test_a_site_that_showed_a_refused_checkpoint_is_not_asked_for_another_attempt(plan: Plan) -> None:
+    spoil = changing(Advertisement, lambda message: dataclasses.replace(message, checkpoint=""))
+    faults = {("d", "advertise"): spoil, ("c", "confirm"): unheard}
+    sites = Sites(
+        plan=plan,
+        summation="real",
+        witness=Witness(),
+        script=lambda site, moment: faults.get((site, moment[2]), honest),
+    )
+
+    collected = collect(sites)
+
+    assert collected.total is None
+    assert collected.again == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(("lost", "asked"), [("", 20), ("bcd", 1)])
+def test_checkpoints_are_on_the_servers_disk_before_any_site_hears_more_and_if_too_few_advertised(
+    plan: Plan, tmp_path: Path, lost: str, asked: int
+) -> None:
+    path = tmp_path / "witness.json"
+    seen: list[list[str]] = []
+
+    def noting(agent: Agent, envelope: Envelope) -> Envelope | None:
+        witness = Witness(path)
+        seen.append([site for site in SITES if witness.last("simulation", site)])
+        return agent.answer(envelope)
+
+    def script(site: str, moment: Moment) -> Behaviour:
+        return unheard if site in lost and moment[2] == "advertise" else noting
+
+    collect(Sites(plan=plan, summation="real", watched=True, witness=Witness(path), script=script))
+
+    assert seen == [[]] * min(asked, 4) + [list(SITES)] * max(asked - 4, 0)
+    assert Witness(path).last("simulation", "a") is not None
+
+
+def test_a_checkpoint_is_remembered_although_the_keys_beside_it_do_not_fit(plan: Plan) -> None:
+    spoil = changing(Advertisement, lambda message: dataclasses.replace(message, keys=message.keys[:-1]))
+    witness = Witness()
+
+    collected = collect(Sites(plan=plan, summation="real", watched=True, witness=witness, script=only("d", spoil)))
+
+    assert dict(collected.missing) == {"d": "advertise: MessageError"}
+    assert all(witness.last("simulation", site) for site in SITES)  # the site signed it, whatever else it sent
 
 
 @dataclasses.dataclass

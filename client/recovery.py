@@ -1,0 +1,145 @@
+"""Going on after a ledger was lost, damaged or set back: with what can be had of it, and every budget counted as spent.
+
+What is at the ledger's place is moved aside and never deleted.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from confide.client.home import Home
+from confide.client.journal import Journal, salvage
+from confide.client.keys import load_keys, public_identity
+from confide.common.checkpoint import Checkpoint
+from confide.common.crypto import Identity
+from confide.common.entries import Recovered
+from confide.common.errors import LedgerError, UsageError
+from confide.common.ledger import read_export, verify
+
+_SQLITE: Final = b"SQLite format 3\0"
+
+
+def check_needed(home: Home, *, old_copy: bool) -> None:
+    """Return if the ledger at its place is not fit for use, or is said to be an old copy.
+
+    Raises:
+        UsageError: It is whole; a recovery would count every budget as spent, for nothing.
+    """
+    try:
+        book = Journal.look(home.ledger)
+    except LedgerError:
+        return
+    if not old_copy:
+        raise UsageError(
+            f"The ledger {home.ledger} is whole and has {book.size} records. A recovery would count every budget as spent. If "
+            "others refuse it because they saw more of it, say so with --old-copy."
+        )
+
+
+def records(home: Home, source: Path | None) -> tuple[list[bytes], Checkpoint | None]:
+    """Return the records to go on from, and the checkpoint that came with them, if any.
+
+    Args:
+        home: The site's directory.
+        source: An export, or a copy of the ledger; None takes what can be read of the ledger at its place.
+
+    Raises:
+        UsageError: None can be read.
+        LedgerError: The export is damaged.
+    """
+    if source is not None and not _is_database(source):
+        return read_export(source)
+    place = home.ledger if source is None else source
+    lines = salvage(place)
+    if not lines:
+        raise UsageError(
+            f"No record can be read from {place}. Give an export, or an earlier copy. If there is none, begin a new ledger with "
+            "--nothing-left."
+        )
+    return lines, None
+
+
+def identity_after(
+    home: Home, lines: Sequence[bytes], passphrase: bytes, *, insecure_no_passphrase: bool = False
+) -> Identity:
+    """Return the identity that was in force at the end of these records; a new ledger takes the present one.
+
+    Raises:
+        LedgerError: The records do not hold.
+        UsageError: The site no longer has that identity, or there is no passphrase.
+        SealError: The passphrase is another.
+    """
+    in_force = verify(lines).key if lines else public_identity(home)
+    return load_keys(home, passphrase, in_force=in_force, insecure_no_passphrase=insecure_no_passphrase).identity
+
+
+def go_on(
+    home: Home,
+    lines: Sequence[bytes],
+    identity: Identity,
+    *,
+    reason: str,
+    by: str,
+    checkpoint: Checkpoint | None = None,
+    lost: Checkpoint | None = None,
+) -> tuple[Journal, Path | None]:
+    """Return the ledger that goes on, and where the one before was moved.
+
+    Args:
+        home: The site's directory; its lock is the caller's.
+        lines: The records to go on from; none begins a new ledger, which says that one was lost.
+        identity: What `identity_after` returned.
+        reason: What happened.
+        by: Who says so.
+        checkpoint: That of the export, if there is one.
+        lost: The newest that anybody saw of the ledger.
+
+    Raises:
+        LedgerError: The records do not hold, or are not those a checkpoint stands for, or nothing can be written. What was at
+            the ledger's place is there again.
+
+    Guarantee: whatever goes wrong, the file that was at the ledger's place is kept, and every account counts as spent.
+    """
+    aside = _moved(home.ledger)
+    try:
+        if lines:
+            made = Journal.restore(
+                home.ledger, lines, identity=identity, reason=reason, by=by, checkpoint=checkpoint, lost=lost
+            )
+        else:
+            size, root = (0, bytes(32)) if lost is None else (lost.size, lost.root)
+            recovered = Recovered(size=size, root=root.hex(), reason=reason, by=by)
+            made = Journal.create(home.ledger, site=home.site, identity=identity, lost=recovered)
+    except BaseException:
+        if aside is not None and not home.ledger.exists():
+            _rename(aside, home.ledger)
+        raise
+    return made, aside
+
+
+def _is_database(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(_SQLITE)) == _SQLITE
+    except OSError as error:
+        raise UsageError(f"Cannot read {path}: {error.strerror or error}.") from None
+
+
+def _moved(ledger: Path) -> Path | None:
+    """Move what is at the ledger's place aside, and return where it is now; None if nothing was there."""
+    if not ledger.exists():
+        return None
+    stamp, number = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), 0
+    while (aside := ledger.with_name(f"{ledger.name}.before-{stamp}{f'-{number}' if number else ''}")).exists():
+        number += 1
+    _rename(ledger, aside)
+    return aside
+
+
+def _rename(old: Path, new: Path) -> None:
+    """Rename a database and what SQLite keeps beside it, the database last: without the rest it would be an older one."""
+    for end in ("-wal", "-shm", "-journal", ""):
+        part = old.with_name(old.name + end)
+        if part.exists():
+            part.rename(new.with_name(new.name + end))

@@ -1,0 +1,383 @@
+"""The site's agent as a process: it opens the vault, makes sure that it may serve a plan, and answers until it is stopped.
+
+Before any row is read it has looked at everything that could forbid the plan: whose signature it bears, the policy as it is
+on disk, who approved it, the base model's digest, the table's fingerprint, the budget. Policy, approvals and budget are
+looked at again before every message, so what a steward changes holds from the next exchange on.
+
+It holds keys, ledger and sockets, and no model: that is the child's (`client/child`).
+"""
+
+import dataclasses
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+from confide.client import enrolment
+from confide.client.agent import Agent
+from confide.client.approval import Terms, given, needed
+from confide.client.child import ChildTrainer, Load
+from confide.client.gauges import Gauges
+from confide.client.home import Home
+from confide.client.journal import Journal
+from confide.client.judgement import Price, enforced, judge_offer, judge_plan, judge_price, require
+from confide.client.kept import Kept
+from confide.client.keys import Keys
+from confide.client.membership import Membership
+from confide.client.policy import Policy
+from confide.client.postbox import Postbox
+from confide.client.readiness import check_unit
+from confide.client.registry import Current, Registry
+from confide.client.spends import Spends
+from confide.client.trail import Trail
+from confide.common.base import base_digest
+from confide.common.bounds import ring_layout
+from confide.common.canonical import canonical_bytes
+from confide.common.entries import Started
+from confide.common.errors import DataError, Refused
+from confide.common.messages import Envelope, Failure, Message, Offer, Start, kind_of, open_envelope
+from confide.common.signed_plan import SignedPlan
+from confide.common.witness import Witness
+
+STATUS: Final = "status"
+METRICS: Final = "metrics"
+STOP: Final = "stop"
+_GLANCE_S = 0.2
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What an agent is to serve.
+
+    Attributes:
+        signed: The plan, as its coordinator signed it.
+        data: The data set, by its name in the registry.
+        model: The base model's local directory.
+    """
+
+    signed: SignedPlan
+    data: str
+    model: Path
+
+
+class Worker:
+    """A site's agent for one plan; `ready` makes it fit to answer, `serve` answers.
+
+    Args:
+        home: The site's directory; its lock is the caller's.
+        keys: The site's keys.
+        journal: The site's ledger.
+        assignment: What is served.
+        group: The number of the group whose members may bring messages, beside this user; None for nobody.
+        clock: Gives the seconds since 1970.
+
+    Attributes:
+        serving: Whether it is past everything that could forbid the plan, and past loading.
+        trail: Where what it does is written down.
+        gauges: What it tells of itself.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        keys: Keys,
+        journal: Journal,
+        assignment: Assignment,
+        *,
+        group: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._home = home
+        self._keys = keys
+        self._journal = journal
+        self._signed, self._data, self._model = assignment.signed, assignment.data, assignment.model
+        self._group = group
+        self._clock = clock
+        self._registry = Registry(home.data, journal, keys.secret(b"data"))
+        self._stopped = threading.Event()
+        self._doing, self._since = "starting", clock()
+        self._policy: Policy
+        self._version = 0  # of the rows that the child has
+        self._declared = 0  # the N that the approval is for
+        self.serving = False
+        self.trail = Trail(home.log, clock=clock)
+        self.gauges = Gauges(home.site, clock=clock)
+
+    @contextmanager
+    def ready(self) -> "Iterator[Callable[[Envelope], Envelope]]":
+        """Give what answers messages, once everything that could forbid the plan has been looked at and rows are loaded.
+
+        Raises:
+            Refused: The policy, the approvals, the budget or the federation forbid it; the rule and both values are told.
+            ModelError: The base model is not the plan's, or did not pass its self-test.
+            DataError: The rows do not fit the plan.
+            LedgerError: The ledger cannot be relied on.
+        """
+        signed, plan = self._signed, self._signed.plan
+        self._journal.sync()
+        self._policy = enforced(self._home, self._journal)
+        roster = enrolment.current(self._home, signed.federation)
+        self._judge()
+        self._approved()
+        rows = self._registry.current(self._data)
+        check_unit(rows.data, plan)
+        self._journal.append(Started(process=secrets.token_hex(16), software=_software()))
+        self._tell("loading")
+        compute = self._policy.compute
+        trainer = ChildTrainer(self._load(rows), deadline_s=compute.round_s, memory_mb=compute.memory_mb or None)
+        with trainer:
+            self._accept(trainer, rows)
+            self._trainer = trainer
+            ring = ring_layout(plan, trainer.layout, trainer.head)
+            agent = Agent(
+                site=self._home.site,
+                run=signed.run,
+                plan=plan,
+                trainer=trainer,
+                declared_persons=rows.data.declared_persons,
+                ring=ring,
+                protection=Membership(
+                    site=self._home.site,
+                    identity=self._keys.identity,
+                    roster=roster,
+                    plan=plan,
+                    ring=ring,
+                    allowed=frozenset(self._policy.federation.words),
+                ),
+                spends=Spends(
+                    self._journal,
+                    run=signed.run,
+                    plan=signed.digest,
+                    data=self._data,
+                    key=self._keys.secret(b"evidence"),
+                ),
+                kept=Kept(self._home.rounds, self._keys.secret(b"rounds"), signed.run),
+                witness=Witness(self._home.witness),
+                consent=self._consent,
+            )
+            agent.spends.settle()
+            self._tell("idle")
+            self._measure()
+            yield lambda envelope: self._answer(agent, envelope)
+
+    def serve(self) -> None:
+        """Answer the postman and this machine's steward until `stop`; the steward also while rows are loaded.
+
+        Raises:
+            ConfideError: As for `ready`.
+            UsageError: A socket cannot be made.
+        """
+        for socket in (self._home.agent_socket, self._home.control_socket):
+            socket.unlink(missing_ok=True)  # of an agent that was killed: the site's lock is held by this one
+        with ExitStack() as stack:
+            control = stack.enter_context(Postbox(self._home.control_socket, self._control()))
+            stack.enter_context(_served(control))
+            answer = stack.enter_context(self.ready())
+            box = stack.enter_context(
+                Postbox(
+                    self._home.agent_socket,
+                    {self._home.site: answer},
+                    self._group,
+                    hold_s=self._policy.answers.hold_s,
+                )
+            )
+            self.serving = True
+            self.trail.record("agent-ready", {"run": self._signed.run, "plan": self._signed.digest, "data": self._data})
+            _log.info("ready for the run %s: data set %s, version %d", self._signed.run, self._data, self._version)
+            while not self._stopped.is_set():
+                if not box.serve(_GLANCE_S):
+                    self._measure()
+            self.trail.record("agent-stopped", {"run": self._signed.run})
+
+    def stop(self) -> None:
+        """End `serve`, from whatever thread; a round under way is given up, and steps it had not begun are not counted.
+
+        Loading is not cut short by it.
+        """
+        self._stopped.set()
+        if self.serving:
+            self._trainer.stop()
+
+    def status(self) -> dict[str, object]:
+        """Return what the agent does, since when, and how it is; nothing exact about rows."""
+        return {
+            "site": self._home.site,
+            "run": self._signed.run,
+            "plan": self._signed.digest,
+            "plan_name": self._signed.plan.name,
+            "federation": self._signed.federation,
+            "data": self._data,
+            "doing": self._doing,
+            "since": self._since,
+            **self.gauges.health(),
+        }
+
+    def _answer(self, agent: Agent, envelope: Envelope) -> Envelope:
+        kind, began = kind_of(envelope), self._clock()
+        self._tell("training" if kind == Start.kind else "answering")
+        spent = len(agent.spends.spends)
+        try:
+            answer = agent.answer(envelope)
+        finally:
+            self._tell("idle")
+        seconds = max(0.0, self._clock() - began)
+        told = open_envelope(answer)
+        if isinstance(told, Failure):
+            self.gauges.refused(told.rule)
+        else:
+            self.gauges.answered(kind)
+        for _ in range(len(agent.spends.spends) - spent):
+            self.gauges.spent()
+        if kind == Start.kind:
+            self.gauges.trained(seconds)
+        fields: dict[str, str | int | float | bool] = {"asked": kind or "unreadable", "answered": told.kind}
+        if isinstance(told, Failure):
+            fields |= {"error": told.error, "rule": told.rule}
+        self.trail.record("message", fields)
+        _log.info(
+            "%s: %s in %.1f s",
+            kind or "something unreadable",
+            f"{told.error} {told.rule}".strip() if isinstance(told, Failure) else "answered",
+            seconds,
+        )
+        self._measure()
+        return answer
+
+    def _consent(self, message: Message) -> None:
+        """Return if the site's owner still allows this, whatever was allowed before."""
+        self._journal.sync()
+        self._policy = enforced(self._home, self._journal)
+        self._approved()
+        if isinstance(message, Offer):
+            plan = self._signed.plan
+            roster = enrolment.current(self._home, self._signed.federation)
+            require(judge_offer(self._policy, plan, message, roster, self._clock()))
+            self._reload()
+
+    def _judge(self) -> None:
+        signed, data = self._signed, self._journal.book.data_set(self._data)
+        roster = enrolment.current(self._home, signed.federation)
+        accounts = {name: self._journal.book.accounts[name].filter for name in data.accounts}
+        done = len(self._journal.book.rounds(signed.run))
+        left = signed.plan.privacy.rounds - done
+        require(
+            judge_plan(
+                self._policy,
+                signed.plan,
+                base_digest=base_digest(self._model),
+                federation=signed.federation,
+                sites_on_roster=len(roster.sites),
+                declared_persons=data.declared_persons,
+                person_id=data.person_id,
+            )
+        )
+        if left > 0:
+            require(judge_price(Price.of(signed.plan.privacy, accounts, left)))
+
+    def _approved(self) -> None:
+        signed, book, now = self._signed, self._journal.book, self._clock()
+        terms = Terms(
+            ledger=book.ledger,
+            recoveries=book.recoveries,
+            plan=signed.plan,
+            run=signed.run,
+            federation=signed.federation,
+            data=self._data,
+            declared_persons=self._declared or book.data_set(self._data).declared_persons,
+        )
+        valid = given(book.approvals, self._policy, terms, now)
+        if needed(self._policy, valid) or book.in_force(signed.digest, signed.run, self._data, int(now)) is None:
+            raise Refused(
+                f"The run {signed.run!r} of the plan {signed.plan.name!r} is not approved for the data set {self._data!r}, or no "
+                "longer. Read it and approve it: confide site plan approve",
+                "approval",
+            )
+
+    def _load(self, rows: Current) -> Load:
+        return Load(
+            plan=self._signed.toml,
+            model=self._model,
+            table=rows.path,
+            person_column=rows.data.person_id,
+            ids=rows.data.ids,
+            person_key=self._registry.person_key,
+            withdrawn=self._registry.excluded(self._data),
+            fingerprint=True,
+            personal=self._home.personal / self._signed.run,
+        )
+
+    def _accept(self, trainer: ChildTrainer, rows: Current) -> None:
+        """Return if the child read the rows that were registered, and enough persons are left of them."""
+        least = self._signed.plan.privacy.min_persons
+        if trainer.fingerprint != rows.data.fingerprint:
+            raise DataError(
+                f"The table {rows.path} changed while it was read. Register it again: confide site data add"
+            )
+        if trainer.person_count < least:
+            raise Refused(
+                f"The data set {self._data!r} has {trainer.person_count} persons that may be used; the plan asks for {least}.",
+                "data",
+            )
+        self._version = rows.data.version
+        self._declared = self._declared or rows.data.declared_persons
+
+    def _reload(self) -> None:
+        """Let the child have the rows of the newest version: what changed, or was withdrawn, holds from this round on."""
+        if self._journal.book.data_set(self._data).version == self._version:
+            return
+        rows = self._registry.current(self._data)
+        self._tell("loading")
+        self._trainer.change(self._load(rows))
+        self._accept(self._trainer, rows)
+        self.trail.record("rows-loaded", {"data": self._data, "version": rows.data.version})
+
+    def _tell(self, doing: str) -> None:
+        self._doing, self._since = doing, self._clock()
+
+    def _measure(self) -> None:
+        book = self._journal.book
+        self.gauges.ledger(book.size)
+        for name, account in book.accounts.items():
+            self.gauges.budget(name, account.used, account.left)
+        self.gauges.child("training" if self._doing == "training" else "ready" if self._trainer.process else "absent")
+
+    def _control(self) -> Mapping[str, Callable[[Envelope], Envelope]]:
+        def stop(_: Envelope) -> Envelope:
+            self.stop()
+            return Envelope(body=canonical_bytes({"status": "stopping"}))
+
+        return {
+            STATUS: lambda _: Envelope(body=canonical_bytes(self.status())),
+            METRICS: lambda _: Envelope(body=self.gauges.text()),
+            STOP: stop,
+        }
+
+
+@contextmanager
+def _served(box: Postbox) -> Iterator[None]:
+    """Answer what comes to a postbox in a thread of its own while the `with` block lasts."""
+    ended = threading.Event()
+
+    def serve() -> None:
+        while not ended.is_set():
+            box.serve(_GLANCE_S)
+
+    thread = threading.Thread(target=serve, name="control", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _software() -> str:
+    from importlib.metadata import version
+
+    return f"confide {version('confide')}"

@@ -6,6 +6,7 @@ approval. The ledger records approvals and revocations, and lets no round throug
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -57,27 +58,7 @@ class Terms:
         Raises:
             LedgerError: The ledger has no spelling for one of the terms, such as a name of more than 200 characters.
         """
-        privacy, mechanism = self.plan.privacy, Mechanism.of(self.plan.privacy, self.declared_persons)
-        return Approval(
-            ledger=self.ledger,
-            recoveries=self.recoveries,
-            plan=self.plan.digest,
-            name=self.plan.name,
-            run=self.run,
-            federation=self.federation,
-            data=self.data,
-            epsilon=privacy.epsilon,
-            delta=privacy.delta,
-            sampling_rate=mechanism.sampling_rate,
-            noise_multiplier=mechanism.noise_multiplier,
-            clip_norm=mechanism.clip_norm,
-            steps_per_round=mechanism.steps,
-            rounds=privacy.rounds,
-            divisor=mechanism.divisor,
-            by=by,
-            key=key.hex(),
-            expires=utc_text(expires),
-        )
+        return _unsigned(self, by, key, expires)
 
 
 def approve(
@@ -285,3 +266,28 @@ def _left(name: str, price: Price) -> Iterator[str]:
     )
     such = "such plan" if account.fits == 1 else "such plans"
     yield f"{account.fits} {such} would fit into what is left now, this one included."
+
+
+@functools.lru_cache(maxsize=64)  # an agent asks for the same terms before every message
+def _unsigned(terms: Terms, by: str, key: bytes, expires: int) -> Approval:
+    privacy, mechanism = terms.plan.privacy, Mechanism.of(terms.plan.privacy, terms.declared_persons)
+    return Approval(
+        ledger=terms.ledger,
+        recoveries=terms.recoveries,
+        plan=terms.plan.digest,
+        name=terms.plan.name,
+        run=terms.run,
+        federation=terms.federation,
+        data=terms.data,
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
+        sampling_rate=mechanism.sampling_rate,
+        noise_multiplier=mechanism.noise_multiplier,
+        clip_norm=mechanism.clip_norm,
+        steps_per_round=mechanism.steps,
+        rounds=privacy.rounds,
+        divisor=mechanism.divisor,
+        by=by,
+        key=key.hex(),
+        expires=utc_text(expires),
+    )

@@ -13,6 +13,7 @@ Both halves are here, since they must agree on every byte: first the parent's, t
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -671,8 +672,16 @@ def _loaded(link: _Link) -> "PrivateTrainer":
         "head": sorted(model.head),
         "fingerprint": fingerprint,
     }
+    _let_go()
     link.send("ready", told, _raw(model.start))
     return trainer
+
+
+def _let_go() -> None:
+    """Give back the memory that loading and the self-test needed and nothing needs any more."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # only the C library of most Linux systems can be asked
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _train(link: _Link, trainer: "PrivateTrainer") -> None:

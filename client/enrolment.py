@@ -64,8 +64,8 @@ def join(
             write_private(path, kept.canonical())
         except FileExistsError:
             raise UsageError(
-                f"The site belongs to the federation {federation} already. For a newer roster use: confide site federation "
-                f"update. To pin other admins remove {path} first, and compare their fingerprints anew."
+                f"The site belongs to the federation {federation} already. For a newer roster use: confide site join, "
+                f"without --admin. To pin other admins remove {path} first, and compare their fingerprints anew."
             ) from None
     return kept.roster
 
@@ -181,7 +181,7 @@ def _read(home: Home, federation: str) -> _Enrolled:
     if not os.path.lexists(path):
         raise UsageError(
             f"The site {home.site} does not belong to the federation {federation}; it belongs to "
-            f"{', '.join(federations(home)) or 'none'}. Join it with: confide site federation join"
+            f"{', '.join(federations(home)) or 'none'}. Join it with: confide site join"
         )
     raw = read_private(path, _LARGEST_BYTES)
     try:

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from confide.client.keys import Keys
     from confide.client.policy import Policy
     from confide.client.registry import Registry
+    from confide.common.plan import Plan
 
 SITE: Final = "CONFIDE_SITE"
 SITE_DIR: Final = Path("site")
+_SIGNED: Final = b"confide-signed-plan/"  # how such a file begins, whatever its version
 
 SiteDir = Annotated[Path, typer.Option("--site", envvar=SITE, help="The site's directory.", metavar="DIR")]
 PassphraseFile = Annotated[
@@ -89,7 +91,6 @@ def passphrase(file: Path | None, prompt: str, *, twice: bool = False) -> bytes:
     Raises:
         UsageError: None is given and nobody sits there, or what was typed twice differs.
     """
-
     from confide.client.keys import passphrase_from
 
     def ask() -> str:
@@ -99,3 +100,21 @@ def passphrase(file: Path | None, prompt: str, *, twice: bool = False) -> bytes:
         return typed
 
     return passphrase_from(file, ask=ask if sys.stdin.isatty() else None)
+
+
+def plan_at(path: Path, home: "Home | None" = None) -> "Plan":
+    """Return the plan in a file, signed or not; a signature is checked if there is a site that knows whose it must be.
+
+    Raises:
+        UsageError: There is no such file, or the site belongs to no federation.
+        PlanError: It is not a valid plan.
+        Refused: No coordinator of the site's federations signed it.
+        MessageError: It is damaged.
+    """
+    from confide.client.received import receive
+    from confide.common.plan import load_plan, read_plan
+
+    plan = None
+    if path.is_file() and (raw := path.read_bytes()).startswith(_SIGNED):
+        plan = read_plan(raw.split(b"\n", 2)[-1]) if home is None else receive(home, str(path)).signed.plan
+    return plan or load_plan(path)

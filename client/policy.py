@@ -333,18 +333,23 @@ class Policy:
 
     def in_force(self) -> PolicyInForce:
         """Return what the ledger records of this policy, and judges later records by."""
-        return PolicyInForce(
-            digest=self.digest,
-            epsilon=self.budget.epsilon,
-            delta=self.budget.delta,
-            plan_epsilon=self.budget.plan_epsilon,
-            plan_delta=self.budget.plan_delta,
-            approvals_needed=self.approval.signatures,
-            approvers=tuple(self.approvers),
-            renewal_days=self.renewal.after_days,
-            most_renewals=self.renewal.most,
-            words=self.federation.words,
-        )
+        return _in_force(self)
+
+
+@functools.lru_cache(maxsize=4)
+def _in_force(policy: Policy) -> PolicyInForce:
+    return PolicyInForce(
+        digest=policy.digest,
+        epsilon=policy.budget.epsilon,
+        delta=policy.budget.delta,
+        plan_epsilon=policy.budget.plan_epsilon,
+        plan_delta=policy.budget.plan_delta,
+        approvals_needed=policy.approval.signatures,
+        approvers=tuple(policy.approvers),
+        renewal_days=policy.renewal.after_days,
+        most_renewals=policy.renewal.most,
+        words=policy.federation.words,
+    )
 
 
 _SECTIONS: dict[str, type] = {
@@ -378,6 +383,7 @@ def load_policy(path: Path) -> Policy:
     return read_policy(raw, str(path))
 
 
+@functools.lru_cache(maxsize=4)  # an agent reads its policy before every message, and mostly it is the same
 def read_policy(raw: bytes, where: str = "at hand") -> Policy:
     """Read a policy from the bytes of a TOML file.
 

@@ -4,7 +4,7 @@ What is at the ledger's place is moved aside and never deleted.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +18,7 @@ from confide.common.errors import LedgerError, UsageError
 from confide.common.ledger import read_export, verify
 
 _SQLITE: Final = b"SQLite format 3\0"
+_PARTS: Final = ("", "-wal", "-shm", "-journal")  # a database, and what SQLite keeps beside it
 
 
 def check_needed(home: Home, *, old_copy: bool) -> None:
@@ -113,7 +114,7 @@ def go_on(
             made = Journal.create(home.ledger, site=home.site, identity=identity, lost=recovered)
     except BaseException:
         if aside is not None and not home.ledger.exists():
-            _rename(aside, home.ledger)
+            _rename(aside, home.ledger, reversed(_PARTS))
         raise
     return made, aside
 
@@ -128,18 +129,23 @@ def _is_database(path: Path) -> bool:
 
 def _moved(ledger: Path) -> Path | None:
     """Move what is at the ledger's place aside, and return where it is now; None if nothing was there."""
-    if not ledger.exists():
+    if not any(ledger.with_name(ledger.name + end).exists() for end in _PARTS):
         return None
     stamp, number = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), 0
-    while (aside := ledger.with_name(f"{ledger.name}.before-{stamp}{f'-{number}' if number else ''}")).exists():
+    while True:
+        aside = ledger.with_name(f"{ledger.name}.before-{stamp}{f'-{number}' if number else ''}")
+        if not any(aside.with_name(aside.name + end).exists() for end in _PARTS):
+            break
         number += 1
-    _rename(ledger, aside)
+    # The database goes first. Were it still there without its log, a kill in between would leave an older ledger that looks
+    # whole; and a log that stays behind must not meet the new one, so whatever is left over of a kill is moved too.
+    _rename(ledger, aside, _PARTS)
     return aside
 
 
-def _rename(old: Path, new: Path) -> None:
-    """Rename a database and what SQLite keeps beside it, the database last: without the rest it would be an older one."""
-    for end in ("-wal", "-shm", "-journal", ""):
+def _rename(old: Path, new: Path, parts: Iterable[str]) -> None:
+    """Rename a database and what SQLite keeps beside it, in this order."""
+    for end in parts:
         part = old.with_name(old.name + end)
         if part.exists():
             part.rename(new.with_name(new.name + end))

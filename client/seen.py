@@ -72,7 +72,9 @@ def replayed(lines: Iterable[bytes], seen: Sequence[Seen]) -> Book:
     for found in to_come:
         _agree(book, found)
     if not book.size:
-        raise LedgerError("The ledger has no record at all, not even its genesis. Take up an export or an earlier copy.")
+        raise LedgerError(
+            "The ledger has no record at all, not even its genesis. Take up an export or an earlier copy."
+        )
     return book
 
 

@@ -13,7 +13,9 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +26,7 @@ from confide.client.child import ChildTrainer, Load
 from confide.client.gauges import Gauges
 from confide.client.home import Home
 from confide.client.journal import Journal
-from confide.client.judgement import Price, enforced, judge_offer, judge_plan, judge_price, require
+from confide.client.judgement import Price, Refusal, enforced, judge_offer, judge_plan, judge_price, require
 from confide.client.kept import Kept
 from confide.client.keys import Keys
 from confide.client.membership import Membership
@@ -36,10 +38,25 @@ from confide.client.spends import Spends
 from confide.client.trail import Trail
 from confide.common.base import base_digest
 from confide.common.bounds import ring_layout
+from confide.common.calibration import noise_multiplier, remember
 from confide.common.canonical import canonical_bytes
-from confide.common.entries import Started
-from confide.common.errors import DataError, Refused
-from confide.common.messages import Envelope, Failure, Message, Offer, Start, kind_of, open_envelope
+from confide.common.entries import DataSet, Started
+from confide.common.errors import DataError, LedgerError, Refused
+from confide.common.filter import Filter
+from confide.common.messages import (
+    Contribution,
+    Envelope,
+    Failure,
+    Message,
+    Offer,
+    Peers,
+    Signatures,
+    Start,
+    Survivors,
+    kind_of,
+    open_envelope,
+)
+from confide.common.plan import Plan
 from confide.common.signed_plan import SignedPlan
 from confide.common.witness import Witness
 
@@ -47,6 +64,8 @@ STATUS: Final = "status"
 METRICS: Final = "metrics"
 STOP: Final = "stop"
 _GLANCE_S = 0.2
+_ASKED = frozenset(message.kind for message in (Offer, Peers, Start, Survivors, Signatures))
+_FAILURES_A_MINUTE = 60  # that the trail takes: nobody who brings messages can fill the disk
 
 _log = logging.getLogger(__name__)
 
@@ -103,11 +122,14 @@ class Worker:
         self._stopped = threading.Event()
         self._doing, self._since = "starting", clock()
         self._policy: Policy
-        self._version = 0  # of the rows that the child has
+        self._base = ""  # the digest of the base model's files
+        self._judged: tuple[Policy, int] | None = None  # the policy, and the version of the data, that allowed it
+        self._version = 0  # of the rows that the child has; 0 if it has none that may be used
         self._declared = 0  # the N that the approval is for
         self.serving = False
         self.trail = Trail(home.log, clock=clock)
         self.gauges = Gauges(home.site, clock=clock)
+        self._minute = self._failures = self._left_out = 0  # of the messages that were answered by a failure
 
     @contextmanager
     def ready(self) -> "Iterator[Callable[[Envelope], Envelope]]":
@@ -123,10 +145,10 @@ class Worker:
         self._journal.sync()
         self._policy = enforced(self._home, self._journal)
         roster = enrolment.current(self._home, signed.federation)
-        self._judge()
+        self._base = base_digest(self._model)
+        self._judge(rounds=plan.privacy.rounds - len(self._journal.book.rounds(signed.run)))
         self._approved()
-        rows = self._registry.current(self._data)
-        check_unit(rows.data, plan)
+        rows = self._rows()
         self._journal.append(Started(process=secrets.token_hex(16), software=_software()))
         self._tell("loading")
         compute = self._policy.compute
@@ -157,7 +179,7 @@ class Worker:
                     data=self._data,
                     key=self._keys.secret(b"evidence"),
                 ),
-                kept=Kept(self._home.rounds, self._keys.secret(b"rounds"), signed.run),
+                kept=Kept(self._home.rounds / signed.run, self._keys.secret(b"rounds"), signed.run),
                 witness=Witness(self._home.witness),
                 consent=self._consent,
             )
@@ -219,7 +241,8 @@ class Worker:
         }
 
     def _answer(self, agent: Agent, envelope: Envelope) -> Envelope:
-        kind, began = kind_of(envelope), self._clock()
+        told_kind, began = kind_of(envelope), self._clock()
+        kind = told_kind if told_kind in _ASKED else "unreadable"  # whatever a stranger wrote there is not repeated
         self._tell("training" if kind == Start.kind else "answering")
         spent = len(agent.spends.spends)
         try:
@@ -228,60 +251,97 @@ class Worker:
             self._tell("idle")
         seconds = max(0.0, self._clock() - began)
         told = open_envelope(answer)
+        spent = len(agent.spends.spends) - spent
+        self._count(kind, told, spent, seconds)
         if isinstance(told, Failure):
-            self.gauges.refused(told.rule)
+            self._record_failure(kind, told)
         else:
-            self.gauges.answered(kind)
-        for _ in range(len(agent.spends.spends) - spent):
-            self.gauges.spent()
-        if kind == Start.kind:
-            self.gauges.trained(seconds)
-        fields: dict[str, str | int | float | bool] = {"asked": kind or "unreadable", "answered": told.kind}
-        if isinstance(told, Failure):
-            fields |= {"error": told.error, "rule": told.rule}
-        self.trail.record("message", fields)
+            self.trail.record("message", {"asked": kind, "answered": told.kind})
         _log.info(
             "%s: %s in %.1f s",
-            kind or "something unreadable",
+            kind,
             f"{told.error} {told.rule}".strip() if isinstance(told, Failure) else "answered",
             seconds,
         )
         self._measure()
         return answer
 
+    def _count(self, kind: str, told: Message, spent: int, seconds: float) -> None:
+        """Tell the gauges of a message that was answered."""
+        for _ in range(spent):
+            self.gauges.spent()
+        if spent > 0 and isinstance(told, Contribution):
+            self.gauges.trained(seconds)
+        if not isinstance(told, Failure):
+            self.gauges.answered(kind)
+            self.gauges.mended("ledger")
+            return
+        self.gauges.refused(told.rule)
+        if told.error == LedgerError.__name__:
+            self.gauges.trouble("ledger", "The ledger cannot be read or written; nothing is trained.", failing=True)
+
+    def _record_failure(self, kind: str, told: Failure) -> None:
+        """Write a failure to the trail, unless there were too many within this minute; how many were left out is told."""
+        minute = int(time.monotonic() // 60)
+        if minute != self._minute:
+            self._minute, self._failures = minute, 0
+        self._failures += 1
+        if self._failures > _FAILURES_A_MINUTE:
+            self._left_out += 1
+            return
+        fields: dict[str, str | int | float | bool] = {
+            "asked": kind,
+            "answered": told.kind,
+            "error": told.error,
+            "rule": told.rule,
+        }
+        if self._left_out:
+            fields["left_out"], self._left_out = self._left_out, 0
+        self.trail.record("message", fields)
+
     def _consent(self, message: Message) -> None:
         """Return if the site's owner still allows this, whatever was allowed before."""
         self._journal.sync()
         self._policy = enforced(self._home, self._journal)
+        self._judge()
         self._approved()
         if isinstance(message, Offer):
             plan = self._signed.plan
             roster = enrolment.current(self._home, self._signed.federation)
             require(judge_offer(self._policy, plan, message, roster, self._clock()))
             self._reload()
+        elif not self._version:  # an offer brought rows that may not be used, and was refused
+            raise Refused(f"The rows of {self._data!r} could not be loaded. The next offer tries again.", "data")
 
-    def _judge(self) -> None:
-        signed, data = self._signed, self._journal.book.data_set(self._data)
-        roster = enrolment.current(self._home, signed.federation)
-        accounts = {name: self._journal.book.accounts[name].filter for name in data.accounts}
-        done = len(self._journal.book.rounds(signed.run))
-        left = signed.plan.privacy.rounds - done
-        require(
-            judge_plan(
-                self._policy,
-                signed.plan,
-                base_digest=base_digest(self._model),
-                federation=signed.federation,
-                sites_on_roster=len(roster.sites),
-                declared_persons=data.declared_persons,
-                person_id=data.person_id,
-            )
+    def _judge(self, *, rounds: int = 0) -> None:
+        """Return if the policy allows the plan on the data as they are, and the budget has room for so many rounds.
+
+        It is found out in a process that ends with it: the libraries it takes are larger than all the rest of the agent.
+        What was allowed is judged again when policy or data have changed.
+        """
+        book = self._journal.book
+        data = book.data_set(self._data)
+        if self._judged == (self._policy, data.version) and not rounds:
+            return
+        question = _Question(
+            policy=self._policy,
+            plan=self._signed.plan,
+            federation=self._signed.federation,
+            sites=len(enrolment.current(self._home, self._signed.federation).sites),
+            data=data,
+            base=self._base,
+            accounts={name: book.accounts[name].filter for name in data.accounts},
+            rounds=rounds,
         )
-        if left > 0:
-            require(judge_price(Price.of(signed.plan.privacy, accounts, left)))
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+            refusals, noise = apart.submit(_judged, question).result()
+        require(refusals)
+        remember(self._signed.plan.privacy, noise)
+        self._judged = self._policy, data.version
 
     def _approved(self) -> None:
-        signed, book, now = self._signed, self._journal.book, self._clock()
+        signed, book = self._signed, self._journal.book
+        now = max(self._clock(), book.at)  # an approval that has ended does not come back with a clock that is put back
         terms = Terms(
             ledger=book.ledger,
             recoveries=book.recoveries,
@@ -298,6 +358,21 @@ class Worker:
                 "longer. Read it and approve it: confide site plan approve",
                 "approval",
             )
+
+    def _rows(self) -> Current:
+        """Return the registered rows, once it is found that enough persons are left of them; no child has seen them."""
+        rows, least = self._registry.current(self._data), self._signed.plan.privacy.min_persons
+        check_unit(rows.data, self._signed.plan)
+        left = rows.persons.besides(self._registry.excluded(self._data))
+        if left < least:
+            raise Refused(self._too_few(left, least), "data")
+        return rows
+
+    def _too_few(self, left: int, least: int) -> str:
+        return (
+            f"The data set {self._data!r} has {left} persons whose rows may be used; the plan's [privacy] min_persons asks for "
+            f"{least}. Ask for a plan that needs fewer, or register more."
+        )
 
     def _load(self, rows: Current) -> Load:
         return Load(
@@ -320,10 +395,7 @@ class Worker:
                 f"The table {rows.path} changed while it was read. Register it again: confide site data add"
             )
         if trainer.person_count < least:
-            raise Refused(
-                f"The data set {self._data!r} has {trainer.person_count} persons that may be used; the plan asks for {least}.",
-                "data",
-            )
+            raise Refused(self._too_few(trainer.person_count, least), "data")
         self._version = rows.data.version
         self._declared = self._declared or rows.data.declared_persons
 
@@ -331,7 +403,8 @@ class Worker:
         """Let the child have the rows of the newest version: what changed, or was withdrawn, holds from this round on."""
         if self._journal.book.data_set(self._data).version == self._version:
             return
-        rows = self._registry.current(self._data)
+        self._version = 0  # whatever fails from here on, nothing is trained on rows that were not accepted
+        rows = self._rows()
         self._tell("loading")
         self._trainer.change(self._load(rows))
         self._accept(self._trainer, rows)
@@ -357,6 +430,36 @@ class Worker:
             METRICS: lambda _: Envelope(body=self.gauges.text()),
             STOP: stop,
         }
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    """What a judgement rests on."""
+
+    policy: Policy
+    plan: Plan
+    federation: str
+    sites: int
+    data: DataSet
+    base: str
+    accounts: Mapping[str, Filter]
+    rounds: int
+
+
+def _judged(question: _Question) -> tuple[tuple[Refusal, ...], float]:
+    """Return every refusal, and the plan's noise multiplier, 0 if there is a refusal."""
+    refusals = judge_plan(
+        question.policy,
+        question.plan,
+        base_digest=question.base,
+        federation=question.federation,
+        sites_on_roster=question.sites,
+        declared_persons=question.data.declared_persons,
+        person_id=question.data.person_id,
+    )
+    if not refusals and question.rounds > 0:
+        refusals = judge_price(Price.of(question.plan.privacy, question.accounts, question.rounds))
+    return refusals, 0.0 if refusals else noise_multiplier(question.plan.privacy)
 
 
 @contextmanager

@@ -19,7 +19,9 @@ _SMALLEST_NOISE = 0.1
 _LARGEST_NOISE = 10_000.0
 
 
-@functools.cache
+_remembered: dict[Privacy, float] = {}
+
+
 def noise_multiplier(privacy: Privacy) -> float:
     """Return the smallest noise multiplier, to four decimals, with which the whole plan costs at most its epsilon.
 
@@ -28,6 +30,19 @@ def noise_multiplier(privacy: Privacy) -> float:
     Raises:
         PrivacyError: No noise reaches the epsilon asked for.
     """
+    return _remembered[privacy] if privacy in _remembered else _noise_multiplier(privacy)
+
+
+def remember(privacy: Privacy, noise: float) -> None:
+    """Let `noise_multiplier` give back what another process of this site has found, without the libraries that find it.
+
+    A site's agent is long-lived, and they take more memory than all the rest of it.
+    """
+    _remembered[privacy] = noise
+
+
+@functools.cache
+def _noise_multiplier(privacy: Privacy) -> float:
     units = round(noise_by_rdp(privacy) * _NOISE_UNITS)
     # The Rényi bound is never below the smaller of the two, so the noise it asks for is enough.
     found = _smallest(lambda noise: _smaller_bound(privacy, noise), privacy.epsilon, units)

@@ -15,6 +15,7 @@ from confide.common.errors import ConfideError, MissingPackage, UsageError
 # Group: where it lives, which extra it needs, what it is for.
 _GROUPS = {
     "plan": ("confide.common.plan_cli", "", "Write, check, explain and compare plans."),
+    "site": ("confide.client.cli", "site", "Run a site: its keys, data, policy, approvals, ledger and agent."),
     "adapter": ("confide.client.adapter_cli", "site", "Show, evaluate, use, merge and export a trained adapter."),
     "simulate": ("confide.simulations.cli", "simulate", "Run a whole federation on this machine, and measure it."),
 }

@@ -76,8 +76,8 @@ class Witness:
                 the rule is `ledger`.
             LedgerError: It could not be written, and is not remembered.
 
-        Guarantee: of one ledger never two roots at one size, never a smaller size after a larger one and never fewer
-        reserved rounds after more are accepted, but for what the admins had forgotten in between.
+        Guarantee: of one ledger never two roots at one size, a smaller size or fewer reserved rounds are accepted after what
+        was seen, but for what the admins had forgotten in between.
         """
         return self.see_all(federation, {site: (key, short)})[site]
 

@@ -1,7 +1,7 @@
 """The frame of all benchmarks: named figures, each a median over runs, a ratio where there is a peer.
 
 `federation` measures everything about a round but training: training is replaced by a constant update, while agents,
-messages, ring, sum, server step and store are the real ones. `secagg` and `train` have files of their own.
+messages, ring, sum, server step and store are the real ones. `secagg`, `train` and `ledger` have files of their own.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from confide.client.agent import Agent, Protection
+from confide.client.agent import Agent
 from confide.client.mechanism import Delta, Mechanism, Randomness
-from confide.client.spends import SpendLog
+from confide.client.spends import Spends
 from confide.common.adapter import Floats, Layout
 from confide.common.errors import RunError, UsageError
 from confide.common.plan import Plan, load_plan
@@ -35,6 +35,7 @@ from confide.simulations.insecure import PLAIN_SUM, InsecureSeededNoise
 from confide.simulations.measurement import Figure, Note
 from confide.simulations.scenarios import demo_model, scenario
 from confide.simulations.setting import REAL
+from confide.simulations.vaults import DATA, open_ledger
 
 FORMAT = "confide-bench/1"
 PARAMETERS = 300_000
@@ -119,10 +120,18 @@ def train(note: Note, plan: Path | None = None, data: Path | None = None) -> Map
     return {**measure_demo(note, plan, data), **accounting_figures(note)}
 
 
+def ledger(note: Note) -> Mapping[str, Figure]:
+    """Return what a site's ledger and its agent cost beside training."""
+    from confide.simulations.ledger_bench import measure_demo
+
+    return measure_demo(note)
+
+
 BENCHES: dict[str, Callable[[Note], Mapping[str, Figure]]] = {
     "federation": federation,
     "secagg": secagg,
     "train": train,
+    "ledger": ledger,
 }
 
 
@@ -140,6 +149,10 @@ class ConstantTrainer:
         """Return the constant update."""
         return Delta(values=np.full(self._length, 1e-4, np.float32))
 
+    def evidence_of(self, number: int) -> bytes:
+        """Return nothing: nothing was trained."""
+        return b""
+
 
 def constant_rounds(sites: int, parameters: int, rounds: int, folder: Path, summation: str = REAL) -> list[float]:
     """Return the seconds of each round, from the end of the one before, of a run in `folder`; the first is left out."""
@@ -149,7 +162,7 @@ def constant_rounds(sites: int, parameters: int, rounds: int, folder: Path, summ
     names = tuple(f"site-{number:03}" for number in range(sites))
     sums = Sums.of(summation, plan, ring, names)
     run = Run(name="bench", plan=plan, layout=layout, ring=ring, sites=names, summation=sums.summation)
-    agents = {name: _constant_agent(name, plan, layout, ring, folder, sums.protections[name]) for name in names}
+    agents = {name: _constant_agent(name, plan, layout, ring, folder, sums) for name in names}
     store = Store(folder)
     start = ServerState.begin(np.zeros(parameters, np.float32), plan.federation)
     ends: list[float] = []
@@ -159,19 +172,26 @@ def constant_rounds(sites: int, parameters: int, rounds: int, folder: Path, summ
     return [after - before for before, after in itertools.pairwise(ends)]
 
 
-def _constant_agent(
-    site: str, plan: Plan, layout: Layout, ring: RingLayout, folder: Path, protection: Protection
-) -> Agent:
+def _constant_agent(site: str, plan: Plan, layout: Layout, ring: RingLayout, folder: Path, sums: Sums) -> Agent:
+    persons = ConstantTrainer.person_count
+    journal = open_ledger(
+        folder / "sites" / f"{site}.ledger",
+        site=site,
+        identity=sums.identities[site],
+        plan=plan,
+        run="bench",
+        declared_persons=persons,
+    )
     return Agent(
         site=site,
         run="bench",
         plan=plan,
         trainer=ConstantTrainer(layout),
-        declared_persons=ConstantTrainer.person_count,
+        declared_persons=persons,
         ring=ring,
         randomness=lambda number: InsecureSeededNoise(0, site, number),
-        protection=protection,
-        spends=SpendLog(folder / "sites" / f"{site}.jsonl"),
+        protection=sums.protections[site],
+        spends=Spends(journal, run="bench", plan=plan.digest, data=DATA),
     )
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from confide.common.cli import quiet_libraries
 from confide.common.errors import ConfideError, RunError, UsageError
+from confide.simulations import rehearsal_cli
 from confide.simulations.scenarios import SCENARIOS, demo_model, scenario
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from confide.simulations.sweep import Variant
 
 app = typer.Typer()
+app.add_typer(rehearsal_cli.app, name="rehearsal")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Seed = Annotated[int, typer.Option(min=0, help="Fixes the split and every draw.")]

@@ -92,14 +92,28 @@ class Federation:
             site: self._agent(site, directory, sums.protections[site], sums.identities[site]) for site in names
         }
 
-    def agents(self, directory: Path, enrolment: Enrolment) -> dict[str, Agent]:
-        """Return one agent per site for a federation that others belong to as well."""
+    def agents(self, directory: Path, enrolment: Enrolment, ledgers: Path) -> dict[str, Agent]:
+        """Return one agent per site for a federation that others belong to as well.
+
+        Args:
+            directory: Where what belongs to this run is kept.
+            enrolment: The federation's; a site keeps its key from run to run.
+            ledgers: Where the sites' ledgers are, which therefore last longer than a run as well.
+        """
         return {
-            site: self._agent(site, directory, enrolment.member(site, self.plan, self.ring), enrolment.identities[site])
+            site: self._agent(
+                site,
+                directory,
+                enrolment.member(site, self.plan, self.ring),
+                enrolment.identities[site],
+                ledgers=ledgers,
+            )
             for site in self.sites
         }
 
-    def _agent(self, site: str, directory: Path, protection: Protection, identity: Identity) -> Agent:
+    def _agent(
+        self, site: str, directory: Path, protection: Protection, identity: Identity, *, ledgers: Path | None = None
+    ) -> Agent:
         def randomness(number: int) -> Randomness:
             if self.noise == CRYPTOGRAPHIC:
                 return CryptographicNoise()
@@ -107,7 +121,7 @@ class Federation:
 
         persons = declared(self.sites[site].person_count)
         journal = open_ledger(
-            directory / f"{site}.ledger",
+            (ledgers or directory) / f"{site}.ledger",
             site=site,
             identity=identity,
             plan=self.plan,

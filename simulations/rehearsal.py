@@ -8,6 +8,7 @@ made-up rows for it, not real ones.
     DIR/keys.json                the federation's keys, and which site is the real one
     DIR/roster.json              its roster, signed by the admin
     DIR/witness.json             the checkpoints of ledgers that its server has seen
+    DIR/sites                    the made-up sites' ledgers, one each for all runs
     DIR/runs/RUN/plan.signed     what is run, and rounds and adapters as in every run's store
     DIR/runs/RUN/adapter         the adapter after the last round, as PEFT reads it
 """
@@ -176,7 +177,7 @@ class Rehearsal:
             noise="cryptographic",
         )
         enrolment = Enrolment(roster=self.roster, coordinator=self.coordinator, identities=self.peers)
-        agents = federation.agents(root / "sites", enrolment)
+        agents = federation.agents(root / "sites", enrolment, self.directory / "sites")
         store = Store(root)
         run = Run(
             name=plan.run,
@@ -248,4 +249,4 @@ def _persons(plan: Plan) -> int:
     """Return the fewest persons whose number, declared to two digits, is what the plan asks for."""
     least = plan.privacy.min_persons
     unit = 10 ** max(0, len(str(least)) - 2)
-    return -(-least // unit) * unit
+    return int(-(-least // unit) * unit)

@@ -32,6 +32,8 @@ def open_ledger(
 ) -> Journal:
     """Return the ledger at `path`, made if absent, in which the plan's run is approved and has just room.
 
+    A further run of a simulated site gets an account of its own: its persons are as many as anybody likes.
+
     Args:
         path: The file; None keeps the ledger in memory only.
         site: The site's name.
@@ -45,13 +47,23 @@ def open_ledger(
         LedgerError: The file is damaged, or another key's.
     """
     if path is not None and path.exists():
-        return Journal.open(path, identity=identity)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal.create(path, site=site, identity=identity)
+        journal = Journal.open(path, identity=identity)
+    else:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        journal = Journal.create(path, site=site, identity=identity)
+    known = (standing.approval for standing in journal.book.approvals)
+    if (plan.digest, run) not in {(approval.plan, approval.run) for approval in known}:
+        _allow(journal, identity, plan, run, declared_persons)
+    return journal
+
+
+def _allow(journal: Journal, identity: Identity, plan: Plan, run: str, declared_persons: int) -> None:
+    """Put a policy in force that allows the plan, and approve its run on rows that are charged to a new account."""
     steward = Identity(derive(identity.seed(), b"confide simulated steward\n"))
     privacy = plan.privacy
     budget = _budget(privacy)
+    before, account = journal.book.data_sets.get(DATA), str(len(journal.book.accounts) + 1)
     journal.append(
         PolicyInForce(
             digest=sha256(canonical_bytes({"simulated": plan.digest})),
@@ -65,16 +77,16 @@ def open_ledger(
             most_renewals=0,
             words=(ONE_PROCESS, SEEDED, PLAIN_SUM),
         ),
-        AccountOpened(account="1", epsilon=budget.epsilon, delta=budget.delta, order=budget.order),
+        AccountOpened(account=account, epsilon=budget.epsilon, delta=budget.delta, order=budget.order),
         DataSet(
             data=DATA,
-            version=1,
-            event="add",
+            version=1 if before is None else before.version + 1,
+            event="add" if before is None else "change",
             fingerprint=derive(identity.seed(), b"confide simulated rows\n").hex(),
             declared_persons=declared_persons,
             person_id="",
             ids="",
-            accounts=("1",),
+            accounts=(account,),
         ),
         Approval(
             ledger=journal.book.ledger,
@@ -96,7 +108,6 @@ def open_ledger(
             expires=utc_text(_LAST),
         ).signed(steward),
     )
-    return journal
 
 
 def kept_entropy(folder: Path) -> Entropy:

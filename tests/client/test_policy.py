@@ -14,6 +14,7 @@ from confide.client.policy import (
     LABEL_HISTOGRAM,
     LARGEST_POLICY_BYTES,
     Policy,
+    approver_entry,
     load_policy,
     read_policy,
     reference,
@@ -157,6 +158,10 @@ FAULTS: dict[str, tuple[dict[str, object], str]] = {
     "a digest without its kind": ({"model__base_digests": ["0" * 64]}, "is not sha256: and 64 hexadecimal"),
     "a digest in capitals": ({"model__base_digests": ["sha256:" + "A" * 64]}, "is not sha256: and 64 hexadecimal"),
     "a federation's name": ({"federation__federations": ["a/b"]}, "is not a federation's name"),
+    "an approver whose name turns the line around": (
+        {"approval__approvers": ["Anna \u202eneB " + key(9).hex()]},
+        "is not a person's name, a space",
+    ),
     "an approver without a name": ({"approval__approvers": [key(9).hex()]}, "is not a person's name, a space"),
     "an approver's short key": ({"approval__approvers": ["Anna 0123"]}, "is not a person's name, a space"),
     "an approver's placeholder": ({"approval__approvers": ["Anna " + "0" * 64]}, "placeholder instead of a key"),
@@ -241,6 +246,13 @@ def test_bytes_that_are_no_policy_are_refused_in_words(case: str) -> None:
         read_policy(raw)
 
     assert words in str(fault.value)
+
+
+@pytest.mark.parametrize("name", ["Anna Huber", "Dr. Zoë O'Hara-Müller", "王小明", "Ольга П.", "Ben Ito (deputy)"])
+def test_an_approver_may_have_a_name_of_any_language(name: str) -> None:
+    found = policy(approval__approvers=[approver_entry(name, key(9))])
+
+    assert found.approvers == {key(9).hex(): name}
 
 
 def test_a_policy_that_is_not_there_allows_nothing(tmp_path: Path) -> None:

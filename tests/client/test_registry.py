@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import re
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -278,7 +279,7 @@ def test_no_record_of_the_ledger_holds_a_number_of_rows_or_persons_an_identifier
             *("format", "seq", "prev", "at", "kind", "data", "version", "event", "fingerprint", "declared_persons"),
             *("person_id", "ids", "accounts", "registered"),
         }
-    plain = b"\n".join(lines)
+    plain = re.sub(rb"[0-9a-f]{32,}", b"", b"\n".join(lines))  # a digest may hold any four digits
     assert not any(secret in plain for secret in (b"1357", b"1402", b"1355", b'"p1"', bytes(tmp_path.name, "utf-8")))
     assert person_digest(registry._person_key, "person", "p1").hex().encode() not in plain
 

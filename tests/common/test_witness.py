@@ -305,7 +305,7 @@ def test_threads_that_show_at_once_leave_the_newest(path: Path) -> None:
         strategies.tuples(strategies.integers(2, 6), strategies.integers(0, 1), strategies.integers(0, 2)), max_size=12
     )
 )
-def test_of_one_ledger_never_two_roots_at_one_size_never_a_smaller_size_after_a_larger_one_and_never_fewer_reserved_rounds(
+def test_of_one_ledger_never_two_roots_at_one_size_a_smaller_size_or_fewer_reserved_rounds_are_accepted(
     shows: list[tuple[int, int, int]],
 ) -> None:
     witness, accepted = Witness(), list[tuple[int, int, int]]()
@@ -316,7 +316,8 @@ def test_of_one_ledger_never_two_roots_at_one_size_never_a_smaller_size_after_a_
         try:
             shown(witness, size, root, reserved=reserved)
         except Refused:
-            assert not (follows or again)
+            assert not follows
+            assert not again
             continue
         assert follows or again
         accepted.append((size, root, reserved))

@@ -75,9 +75,7 @@ def init(
     if keys.words:
         sentence("The keys are not encrypted: whoever reads the disk can speak for this site.")
     typer.echo("Next:")
-    typer.echo(
-        f'  1. make a key for each person who may approve plans: confide site key approver "NAME" --out FILE'
-    )
+    typer.echo(f'  1. make a key for each person who may approve plans: confide site key approver "NAME" --out FILE')
     typer.echo(f"  2. edit {site / 'policy.toml'}, then: confide site policy check{where}")
     typer.echo(f"  3. with the federation's roster: confide site join ROSTER --admin KEY{where}")
 
@@ -364,7 +362,8 @@ def _data_of(book: "Book", plan: str, run: str) -> str:
     found = sorted({approval.data for approval in approvals if (approval.plan, approval.run) == (plan, run)})
     if not found:
         raise Refused(
-            f"The run {run!r} of this plan is not approved. Read it and approve it: confide site plan approve", "approval"
+            f"The run {run!r} of this plan is not approved. Read it and approve it: confide site plan approve",
+            "approval",
         )
     if len(found) > 1:
         raise UsageError(f"The run {run!r} was approved for {', '.join(found)}. Name the one it is to use with --data.")

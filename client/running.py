@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 METRICS_TOKEN: Final = "metrics.token"  # noqa: S105  a file's name
 _CALL_S = 10.0
+_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_log = logging.getLogger(__name__)
 
 
 def call_agent(home: "Home", what: str) -> bytes:
@@ -55,9 +58,11 @@ def told(worker: "Worker") -> Iterator[None]:
         logger.addHandler(handler)
     try:
         yield
+        _log.info("the agent has stopped")
     except ConfideError as error:
         rule = error.rule if isinstance(error, Refused) else ""
-        worker.trail.record("agent-refused", {"error": type(error).__name__, "rule": rule, "text": str(error)})
+        with contextlib.suppress(RunError):  # what went wrong first is what is told
+            worker.trail.record("agent-refused", {"error": type(error).__name__, "rule": rule, "text": str(error)})
         raise
     finally:
         for handler in handlers:
@@ -67,7 +72,7 @@ def told(worker: "Worker") -> Iterator[None]:
 
 @contextlib.contextmanager
 def ended_by_signals(worker: "Worker") -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end what the agent does in the body, in order, instead of this process."""
+    """Let Ctrl-C, SIGTERM and a terminal that is closed end what the agent does in the body, in order."""
 
     def end(number: int, frame: FrameType | None) -> None:
         if not worker.serving:
@@ -75,7 +80,7 @@ def ended_by_signals(worker: "Worker") -> Iterator[None]:
         # Not here: what was interrupted may hold a lock that stopping needs.
         threading.Thread(target=worker.stop, name="stop", daemon=True).start()
 
-    before = {kind: signal.signal(kind, end) for kind in (signal.SIGINT, signal.SIGTERM)}
+    before = {kind: signal.signal(kind, end) for kind in _ENDS}
     try:
         with contextlib.suppress(_Interrupted):
             yield
@@ -97,7 +102,7 @@ def metrics_page(worker: "Worker", home: "Home", keys: "Keys", port: int) -> Ite
     with worker.gauges.serve(port, token) as page:
         replace_private(file, f"{token}\n".encode())
         worker.trail.record("metrics", {"port": page.port})
-        logging.getLogger(__name__).info(
+        _log.info(
             "metrics are at http://127.0.0.1:%d/metrics for who sends the token in %s", page.port, file
         )
         yield file

@@ -63,7 +63,8 @@ def watch(
     if once:
         typer.echo(look(), nl=False)
         return
-    with Live(Text(look()), console=Console(highlight=False, markup=False), auto_refresh=False) as live:
+    screen = Live(Text(look()), console=Console(highlight=False, markup=False), auto_refresh=False)
+    with contextlib.suppress(KeyboardInterrupt), screen as live:
         while True:
             time.sleep(every)
             live.update(Text(look()), refresh=True)
@@ -118,7 +119,9 @@ def _show_status(found: "SiteStanding", running: "Mapping[str, Any] | None") -> 
     rows = [("agent", "none runs")]
     if running is not None:
         since = utc_text(int(running["since"]))
-        doing = f"{running['doing']} since {since}; run {running['run']}, data set {running['data']}; {running['status']}"
+        doing = (
+            f"{running['doing']} since {since}; run {running['run']}, data set {running['data']}; {running['status']}"
+        )
         rows = [("agent", doing), *(("", reason) for reason in running["reasons"])]
     facts([*rows, ("ledger", f"{several(found.records, 'record')}, the last at {utc_text(found.at)}")])
     typer.echo()

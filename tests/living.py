@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from confide.common.crypto import Identity
 from confide.common.entries import Entry
 from confide.common.errors import MessageError, RunError
 from confide.common.ledger import Book, Round
-from confide.common.messages import Envelope, Failure, Message, Offer, open_envelope, seal
+from confide.common.messages import Envelope, Failure, Message, Offer, kind_of, open_envelope, seal
 from confide.common.plan import Plan
 from confide.common.ring import RingLayout
 from confide.common.roster import Roster
@@ -57,6 +58,7 @@ PERSONS = 60
 ADMIN, COORDINATOR, APPROVER, STRANGER = (Identity(bytes([number]) * 32) for number in (101, 102, 103, 104))
 PEERS = {f"peer-{number}": Identity(bytes([number]) * 32) for number in (111, 112)}
 _START_S = 120.0
+_SERVE = "import sys; from tests import living; living.serve(*sys.argv[1:])"
 _ROOT = Path(__file__).parents[1]
 
 Asked = Callable[[Envelope, float], Envelope]
@@ -212,8 +214,7 @@ class Living:
     def started(self) -> "subprocess.Popen[bytes]":
         """Start the agent in a process of its own."""
         return subprocess.Popen(
-            [sys.executable, "-c", "import sys; from tests import living; living.serve(*sys.argv[1:])"]
-            + [str(self.root), str(self.model)],
+            [sys.executable, "-c", _SERVE, str(self.root), str(self.model)],
             cwd=_ROOT,
             env={**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
@@ -255,19 +256,20 @@ def serve(root: str, model: str) -> None:
         worker.serve()
 
 
-def made(root: Path, model: Path, plan_text: str) -> Living:
+def made(root: Path, model: Path, plan_text: str, *, group: int | None = None) -> Living:
     """Make such a site in the directory `root`; its plan is approved.
 
     Args:
         root: A directory with a short path, for sockets.
         model: The base model's.
         plan_text: The plan, with `person_id` and labels.
+        group: The number of the postman's group, if it is to have one.
     """
     living = Living(root=root, model=model)
     living.plan_of(plan_text)
     plan = living.signed.plan
     write_rows(living.table, plan)
-    home = Home.create(root / "site", NAME)
+    home = Home.create(root / "site", NAME, postman_group=group)
     keys = make_keys(home, b"", insecure_no_passphrase=True)
     approvers = [approver_entry("Anna Huber", APPROVER.public)]
     write_private(home.policy, starter_for(plan, NAME, [FEDERATION], approvers).encode())
@@ -333,7 +335,7 @@ class Others:
         self._attempts = itertools.count(1)
 
     def offer(self, number: int, attempt: int = 1, **changes: Any) -> Offer:
-        """An offer to all three, signed by the coordinator whatever it says."""
+        """An offer to all three, not signed."""
         offer = Offer(
             run=RUN,
             plan=self.plan.digest,
@@ -346,6 +348,14 @@ class Others:
             signature=b"",
         )
         return dataclasses.replace(offer, **changes)
+
+    def signed(self, offer: Offer, signer: Identity = COORDINATOR) -> Offer:
+        """The offer, signed whatever it says, as an honest side would sign it that did not refuse it."""
+        from tests.evil import EvilServer
+
+        terms: Any = SimpleNamespace(roster=self.living.roster, plan=self.plan, ring=self.ring)
+        attempt = EvilServer.begun(terms, offer)
+        return dataclasses.replace(offer, signature=signer.sign(attempt.offered))
 
     def round(self, number: int) -> RoundRecord:
         """Run a round, and return its record."""
@@ -368,7 +378,7 @@ class Others:
             if site != NAME:
                 yield site, self.peers[site].answer(envelope)
                 continue
-            self.before(str(open_envelope(envelope).kind))
+            self.before(kind_of(envelope))
             with contextlib.suppress(RunError, MessageError):
                 answer = self.asked(envelope, timeout_s)
                 self.heard.append((envelope, answer))

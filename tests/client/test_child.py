@@ -263,7 +263,9 @@ def gone(process: int) -> bool:
         try:
             os.kill(process, 0)
             if sys.platform == "linux" and " Z " in Path(f"/proc/{process}/stat").read_text(encoding="utf-8"):
-                if len(os.listdir(f"/proc/{process}/task")) == 1:  # its other threads, which hold its files, are gone too
+                if (
+                    len(os.listdir(f"/proc/{process}/task")) == 1
+                ):  # its other threads, which hold its files, are gone too
                     return True  # nobody has waited for it yet
         except (ProcessLookupError, FileNotFoundError):
             return True

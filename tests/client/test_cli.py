@@ -48,7 +48,10 @@ def told(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 def _loaded(code: str, *words: object) -> set[str]:
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{code}\n{PRINT}", *map(str, words)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", f"import sys\n{code}\n{PRINT}", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return set(done.stderr.split())
 
@@ -212,9 +215,7 @@ def test_nothing_is_pinned_that_was_not_compared(
     assert "lung-2031" not in Journal.look(site.home.ledger).federations
 
 
-def test_what_is_no_roster_is_said_to_be_none(
-    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_no_roster_is_said_to_be_none(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text("hello")
 
     assert site.do("join", tmp_path / "text") == 8

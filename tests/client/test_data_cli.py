@@ -13,6 +13,7 @@ from confide.client.policy import starter
 from confide.client.synthetic import write_synthetic
 from confide.common.entries import Release
 from confide.common.plan import load_plan
+from tests.conftest import run
 from tests.sites import DATA, NAME, Site, copied, made, plan_text
 
 
@@ -160,8 +161,6 @@ def test_made_up_rows_can_be_registered_as_they_are(
 
 
 def _synthetic(plan: Path, out: Path) -> int:
-    from tests.conftest import run
-
     return run("site", "data", "synthetic", plan, "--out", out, "--persons", 60, "--seed", 3)
 
 
@@ -178,7 +177,11 @@ def test_the_report_tells_only_what_is_declared_and_what_is_named(
     assert site.do("data", "report", DATA, site.plan, "--out", plain) == 0
     assert site.do("data", "report", DATA, site.plan, "--out", more, "--tell", "every-label") == 0
 
-    assert json.loads(plain.read_bytes())["checks"] == {"same-unit": "pass", "declared-persons": "pass", "delta": "pass"}
+    assert json.loads(plain.read_bytes())["checks"] == {
+        "same-unit": "pass",
+        "declared-persons": "pass",
+        "delta": "pass",
+    }
     assert json.loads(more.read_bytes())["checks"]["every-label"] == "pass"
     assert "within-cap" in json.loads(more.read_bytes())["not_told"]
     assert size(site) == before

@@ -18,20 +18,17 @@ from confide.client.synthetic import write_synthetic
 from confide.common.accounting import planned_spend
 from confide.common.errors import AdapterError, DataError, Refused, UsageError
 from confide.common.model import attach
-from confide.common.plan import Plan, read_plan
+from confide.common.plan import read_plan
 from tests.conftest import plan_text
 
 DATA = "letters"
 
 
 def _plan(base: Path, method: str = "ffa") -> str:
-    text = plan_text(base).replace("# person_id =", 'person_id = "who"').replace('method = "ffa"', f'method = "{method}"')
+    text = (
+        plan_text(base).replace("# person_id =", 'person_id = "who"').replace('method = "ffa"', f'method = "{method}"')
+    )
     return text.replace("rounds = 3", "rounds = 1")
-
-
-def _table(path: Path, plan: Plan, persons: int, seed: int) -> Path:
-    write_synthetic(plan, path, persons, seed=seed)
-    return path
 
 
 class Setting:
@@ -44,16 +41,17 @@ class Setting:
         self.home = Home.create(root / "site", "north")
         keys = make_keys(self.home, b"", insecure_no_passphrase=True)
         write_private(self.home.policy, starter_for(plan, "north").encode())
-        self.table = _table(root / "rows.csv", plan, 30, 1)
+        self.table, self.held_out = root / "rows.csv", root / "held-out.csv"
+        for path, persons, seed in ((self.table, 30, 1), (self.held_out, 20, 2)):
+            write_synthetic(plan, path, persons, seed=seed)
         self.journal = Journal.create(self.home.ledger, site="north", identity=keys.identity)
         enforced(self.home, self.journal)
         self.registry = Registry(self.home.data, self.journal, keys.secret(b"data"))
-        self.registry.add(DATA, self.table, self.column, typical=planned_spend(plan.privacy))
+        self.registry.add(DATA, self.table, self.column or None, typical=planned_spend(plan.privacy))
         self.adapter = root / "adapter"
         model = attach(base, plan)
         model.export(model.start + np.float32(0.25), self.adapter)
         (self.adapter / "plan.toml").write_text(text, encoding="utf-8")
-        self.held_out = _table(root / "held-out.csv", plan, 20, 2)
 
     @property
     def opened(self) -> Opened:
@@ -68,12 +66,7 @@ class Setting:
 
 @pytest.fixture
 def setting(tmp_path: Path, base_directory: Path) -> Setting:
-    return Setting(tmp_path / "s", base_directory, _plan(base_directory))
-
-
-@pytest.fixture(autouse=True)
-def _root(tmp_path: Path) -> None:
-    (tmp_path / "s").mkdir(mode=0o700)
+    return Setting(tmp_path, base_directory, _plan(base_directory))
 
 
 def _persons(path: Path) -> list[dict[str, str]]:
@@ -144,7 +137,9 @@ def test_the_federated_adapter_is_scored_as_it_is(setting: Setting) -> None:
     assert not same.trained
 
 
-def test_a_data_set_that_is_not_registered_or_of_another_unit_is_refused(setting: Setting, base_directory: Path) -> None:
+def test_a_data_set_that_is_not_registered_or_of_another_unit_is_refused(
+    setting: Setting, base_directory: Path
+) -> None:
     with pytest.raises(Refused, match="is not registered"):
         judge(setting.opened, setting.adapter, held_out=setting.held_out, model=base_directory, data="none")
     by_rows = plan_text(base_directory)
@@ -177,11 +172,20 @@ def test_a_table_that_changed_is_not_trained_on(setting: Setting) -> None:
     with pytest.raises(Refused, match="is not the one that was registered"):
         setting.judge()
 
+    assert not list(setting.home.personal.iterdir())
+
+
+def test_who_withdrew_is_not_learned_from(setting: Setting) -> None:
+    setting.registry.withdraw(DATA, {row[setting.column] for row in _persons(setting.table)})
+
+    with pytest.raises(DataError, match="all persons have withdrawn"):
+        setting.judge()
+
     assert not list((setting.home.personal / "own").iterdir())
 
 
 def test_rows_without_a_column_of_persons_must_be_others_altogether(tmp_path: Path, base_directory: Path) -> None:
-    setting = Setting(tmp_path / "s", base_directory, plan_text(base_directory).replace("rounds = 3", "rounds = 1"))
+    setting = Setting(tmp_path, base_directory, plan_text(base_directory).replace("rounds = 3", "rounds = 1"))
 
     assert setting.judge(own=setting.adapter).registered == 0
     with pytest.raises(DataError, match="2 rows of"):
@@ -189,7 +193,7 @@ def test_rows_without_a_column_of_persons_must_be_others_altogether(tmp_path: Pa
 
 
 def test_what_a_site_keeps_of_a_shared_adapter_is_named_by_its_run(tmp_path: Path, base_directory: Path) -> None:
-    setting = Setting(tmp_path / "s", base_directory, _plan(base_directory, "share-a"))
+    setting = Setting(tmp_path, base_directory, _plan(base_directory, "share-a"))
 
     with pytest.raises(UsageError, match="--run"):
         setting.judge(own=setting.adapter)

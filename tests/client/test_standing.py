@@ -129,8 +129,8 @@ def test_why_a_run_may_not_go_on_is_said(entries: list[Any], now: int, why: str)
 
 def test_with_two_signatures_a_run_ends_when_the_first_of_them_does() -> None:
     late = "2028-01-01T00:00:00Z"
-    entries = [genesis(), policy(approvals_needed=2), account(), data_set(), approval(), approval(SECOND, expires=late)]
-    book, _ = written(entries)
+    two = approval(), approval(SECOND, expires=late)
+    book, _ = written([genesis(), policy(approvals_needed=2), account(), data_set(), *two])
 
     assert run_of(book).until == utc_seconds(EXPIRES)
 

@@ -1,6 +1,7 @@
 """`confide site status`, `watch` and `budget` on a site whose agent trained some rounds."""
 
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from confide.client.journal import Journal
 from confide.client.standing import SiteStanding
 from confide.client.terminal import left, spent
+from tests.conftest import run
 from tests.sites import DATA, NAME, RUN, Site, copied, made, plan_text
 
 
@@ -75,8 +77,6 @@ def test_a_new_account_is_explained(site: Site, tmp_path: Path, capsys: pytest.C
     assert site.do("data", "synthetic", plan, "--out", table) == 2  # it needs no keys, so it takes no passphrase
     capsys.readouterr()
 
-    from tests.conftest import run
-
     assert run("site", "data", "synthetic", plan, "--out", table, "--seed", 8) == 0
     assert site.do("data", "add", "others", table, "--person-id", "patient", "--plan", plan) == 0
     capsys.readouterr()
@@ -106,11 +106,7 @@ def test_the_budget_says_what_was_charged_for_what_and_how_it_went(
     assert tree["accounts"][0]["charges"][0]["count"] == 2
 
 
-def test_a_budget_before_any_data_says_how_one_is_opened(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from tests.conftest import run
-
+def test_a_budget_before_any_data_says_how_one_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ("--site", tmp_path / "new")
     assert run("site", "init", "north", *where, "--insecure-no-passphrase") == 0
     capsys.readouterr()
@@ -122,8 +118,6 @@ def test_a_budget_before_any_data_says_how_one_is_opened(
 
 
 def test_a_ledger_that_was_changed_is_not_summed_up(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    import sqlite3
-
     with sqlite3.connect(site.home.ledger) as connection:
         connection.execute("DROP TRIGGER record_stays")
         connection.execute("UPDATE record SET line = replace(line, 'heart', 'heavy') WHERE seq = 6")

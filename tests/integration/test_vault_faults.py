@@ -1,0 +1,522 @@
+"""The vault under faults: killed at any moment, without room on the disk, stopped, too slow, with a clock that goes back.
+
+The sweeps of `tests/faults` kill a site at hundreds of its moments; the rest is about the real worker with its child. At
+every point of all of them the ledger counts at least what really happened, and the site works on.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from confide.client.postbox import private_folder
+from confide.client.worker import Worker
+from confide.common.entries import Reserve, Started
+from confide.common.errors import UsageError
+from confide.common.ledger import COMMITTED, FORFEITED, REFUNDED, Round
+from confide.common.messages import Failure, open_envelope
+from confide.common.model import attach
+from confide.server.store import RoundRecord
+from tests import faults, living
+from tests.conftest import plan_text
+from tests.living import NAME, RUN, Living, Others, until
+
+STEPS = 150  # so that a round takes long enough for something to happen in its middle
+DAY_S = 86_400
+COUNTED = {"reserved", "bound", COMMITTED, FORFEITED}
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def nothing_broken(outcomes: list[faults.Outcome]) -> bool:
+    broken = [outcome for outcome in outcomes if outcome.broken]
+    assert not broken, f"{len(broken)} of {len(outcomes)}, the first: {broken[0]}"
+    return True
+
+
+def test_wherever_a_site_is_killed_its_ledger_counts_at_least_what_happened_and_it_works_on(tmp_path: Path) -> None:
+    outcomes = faults.sweep(tmp_path, 90, to_the_end=False)
+
+    assert nothing_broken(outcomes)
+    assert len(outcomes) >= 60
+    assert {outcome.deaths for outcome in outcomes} == {1}
+    assert {outcome.round for outcome in outcomes} == set(range(1, faults.ROUNDS + 1))
+    assert len({outcome.where for outcome in outcomes}) >= 15
+
+
+def test_a_site_that_is_killed_again_while_it_starts_anew_works_on(tmp_path: Path) -> None:
+    outcomes = faults.sweep(tmp_path, 24, "twice", to_the_end=False)
+
+    assert nothing_broken(outcomes)
+    assert Counter(outcome.deaths for outcome in outcomes)[2] >= 15
+
+
+def test_wherever_the_disk_is_full_nothing_is_trained_on_its_word_and_the_site_works_on_without_a_new_start(
+    tmp_path: Path,
+) -> None:
+    outcomes = faults.sweep(tmp_path, 40, "full", to_the_end=False)
+
+    assert nothing_broken(outcomes)
+    assert len(outcomes) >= 30
+    assert {outcome.deaths for outcome in outcomes} == {0}
+
+
+@pytest.mark.slow
+def test_at_every_moment_of_a_run_a_site_may_be_killed(tmp_path: Path) -> None:
+    outcomes = faults.sweep(tmp_path, 100_000)
+
+    assert nothing_broken(outcomes)
+    assert len(outcomes) >= 400
+    assert {outcome.deaths for outcome in outcomes} == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "most", "least"), [("twice", 100_000, 80), ("full", 100_000, 150), ("anywhere", 200, 200)]
+)
+def test_at_every_moment_it_may_be_killed_twice_run_out_of_room_or_end_when_a_clock_does(
+    tmp_path: Path, how: str, most: int, least: int
+) -> None:
+    outcomes = faults.sweep(tmp_path, most, how)
+
+    assert nothing_broken(outcomes)
+    assert len(outcomes) >= least
+
+
+@dataclasses.dataclass(kw_only=True)
+class Ward:
+    """A real site, the rest of its federation, and how many rounds were begun."""
+
+    site: Living
+    others: Others
+    round: int = 0
+
+    def run(self) -> RoundRecord:
+        """Run the next round."""
+        self.round += 1
+        return self.others.round(self.round)
+
+    def works_on(self) -> bool:
+        """Whether the next round has a sum with the site in it."""
+        record = self.run()
+        assert NAME in record.present, (record.void, record.missing)
+        return self.known.state == COMMITTED
+
+    @property
+    def known(self) -> Round:
+        """What the ledger says of the last round."""
+        return self.site.rounds[self.round]
+
+    def in_training(self, then: Callable[[], object], after_s: float = 0.15) -> RoundRecord:
+        """Run the next round, and do something while the site trains."""
+        timers: list[threading.Timer] = []
+
+        def watch(kind: str) -> None:
+            if kind == "start" and not timers:
+                timers.append(threading.Timer(after_s, then))
+                timers[0].start()
+
+        self.others.before = watch
+        try:
+            return self.run()
+        finally:
+            self.others.before = lambda kind: None
+            for timer in timers:
+                timer.join()
+
+    def before(self, exchange: str, then: Callable[[], object]) -> RoundRecord:
+        """Run the next round, and do something once before the site is asked that."""
+        done: list[object] = []
+
+        def watch(kind: str) -> None:
+            if kind == exchange and not done:
+                done.append(then())
+
+        self.others.before = watch
+        try:
+            return self.run()
+        finally:
+            self.others.before = lambda kind: None
+
+    def told(self, kind: str) -> Failure | None:
+        """The failure with which the site last answered that, if it was one."""
+        answer = next(answer for asked, answer in reversed(self.others.heard) if open_envelope(asked).kind == kind)
+        message = open_envelope(answer)
+        return message if isinstance(message, Failure) else None
+
+
+@contextlib.contextmanager
+def a_ward(base_directory: Path) -> Iterator[Ward]:
+    with private_folder() as folder:
+        text = living.plan_text(plan_text(base_directory), rounds=30, steps_per_round=STEPS)
+        site = living.made(folder, base_directory, text)
+        yield Ward(site=site, others=Others(site, attach(base_directory, site.signed.plan)))
+
+
+@pytest.fixture(scope="module")
+def pattern(base_directory: Path) -> Iterator[Ward]:
+    with a_ward(base_directory) as ward:
+        yield ward
+
+
+@pytest.fixture(scope="module")
+def served(pattern: Ward) -> Iterator[tuple[Ward, Worker]]:
+    """A site whose agent is served in a thread of this process, for tests that leave it at work."""
+    with pattern.site.served() as worker:
+        yield pattern, worker
+
+
+def true_steps(known: Round) -> int:
+    """How many steps of a round the ledger counts."""
+    return known.reserve.steps - known.given_back if known.state in COUNTED | {REFUNDED} else 0
+
+
+@linux
+def test_a_child_that_is_killed_in_training_costs_the_steps_it_had_begun_and_the_agent_answers_on(
+    served: tuple[Ward, Worker],
+) -> None:
+    ward, worker = served
+    process = worker._trainer.process
+    assert process is not None
+
+    record = ward.in_training(lambda: os.kill(process, signal.SIGKILL))
+
+    assert not record.present
+    assert ward.known.state == REFUNDED
+    assert 1 <= true_steps(ward.known) < STEPS
+    assert ward.told("start") == Failure(error="RunError", sentence="The site could not go on.")
+    assert ward.works_on()
+    assert worker._trainer.process not in {None, process}
+
+
+def test_a_round_that_takes_longer_than_the_owner_allows_is_given_up_and_the_agent_answers_on(
+    served: tuple[Ward, Worker],
+) -> None:
+    ward, worker = served
+    allowed = worker._trainer._deadline_s
+    try:
+        worker._trainer._deadline_s = 0.2
+        record = ward.run()
+    finally:
+        worker._trainer._deadline_s = allowed
+
+    assert not record.present
+    assert ward.known.state == REFUNDED
+    assert true_steps(ward.known) < STEPS
+    assert ward.works_on()
+
+
+def test_a_disk_without_room_is_refused_and_once_there_is_room_the_same_agent_works_on(
+    served: tuple[Ward, Worker],
+) -> None:
+    ward, worker = served
+    connection = worker._journal._connection
+    pages, most = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "max_page_count"))
+    connection.execute(f"PRAGMA max_page_count = {pages}")  # SQLite then says what it says on a disk that is full
+    try:
+        while (record := ward.run()).present:
+            pass
+        health = json.loads(ward.site.status())
+        fuller = ward.run()  # by now not even a Reserve has room
+        while ward.round in ward.site.rounds:
+            fuller = ward.run()
+    finally:
+        connection.execute(f"PRAGMA max_page_count = {most}")
+
+    assert not record.present
+    assert not fuller.present
+    assert ward.told("start") == Failure(
+        error="LedgerError", sentence="The site cannot vouch for its record of spends."
+    )
+    assert health["status"] == "failing"
+    assert ward.round not in ward.site.rounds
+    assert worker._trainer.evidence.keys().isdisjoint({ward.round})  # nothing was trained
+    assert ward.works_on()
+    assert json.loads(ward.site.status())["status"] == "ok"
+
+
+def test_a_second_agent_on_the_same_directory_is_refused(served: tuple[Ward, Worker]) -> None:
+    ward, _ = served
+
+    with pytest.raises(UsageError, match="one agent at a time works on it") as caught, ward.site.worker():
+        raise AssertionError
+
+    assert str(os.getpid()) in str(caught.value)
+    assert ward.works_on()
+
+
+def test_a_revocation_stops_the_next_exchange_and_a_new_approval_lets_the_next_round_begin(
+    served: tuple[Ward, Worker],
+) -> None:
+    ward, _ = served
+
+    record = ward.before("start", ward.site.revoke)
+    told, reserved = ward.told("start"), ward.round in ward.site.rounds
+    ward.site.approve(29)
+
+    assert not record.present
+    assert told is not None
+    assert told.rule == "approval"
+    assert not reserved
+    assert ward.works_on()
+
+
+def test_a_policy_that_is_narrowed_while_the_agent_runs_holds_from_the_next_exchange_on(
+    served: tuple[Ward, Worker],
+) -> None:
+    ward, _ = served
+
+    record = ward.before("start", lambda: ward.site.change_policy(targets='["query"]'))
+    told, reserved = ward.told("start"), ward.round in ward.site.rounds
+    ward.site.change_policy(targets='["query", "value"]')
+
+    assert not record.present
+    assert told is not None
+    assert told.rule == "targets"
+    assert not reserved
+    assert ward.works_on()
+
+
+def test_rows_that_may_not_be_used_are_not_trained_on_by_going_on_with_an_older_attempt(
+    served: tuple[Ward, Worker],
+) -> None:
+    ward, worker = served
+    content = ward.site.table.read_bytes()
+    heard: list[Failure | None] = []
+
+    def change_and_offer() -> None:
+        """Register a version whose table is exchanged afterwards, and offer the next round in the middle of this one."""
+        ward.site.table.write_bytes(content.replace(b"good", b"great", 3))
+        with ward.site.registry() as registry:
+            registry.add(living.DATA, ward.site.table, "patient")
+        ward.site.table.write_bytes(content.replace(b"good", b"awful", 3))
+        offer = ward.others.signed(ward.others.offer(ward.round, attempt=700 + ward.round))
+        told = ward.site.told(offer)
+        heard.append(told if isinstance(told, Failure) else None)
+
+    record = ward.before("start", change_and_offer)
+    told, reserved = ward.told("start"), ward.round in ward.site.rounds
+    ward.site.table.write_bytes(content.replace(b"good", b"great", 3))
+
+    assert heard[0] is not None
+    assert heard[0].rule == "data"
+    assert not record.present
+    assert told is not None
+    assert told.rule == "data"
+    assert not reserved
+    assert ward.works_on()
+    assert worker._version == 2
+
+
+def test_withdrawals_that_leave_too_few_persons_hold_from_the_next_round_on(served: tuple[Ward, Worker]) -> None:
+    ward, worker = served
+    with ward.site.registry() as registry:
+        registry.withdraw(living.DATA, ["p1", "p2"])
+    assert ward.works_on()
+    left = worker._trainer.person_count
+    with ward.site.registry() as registry:
+        registry.withdraw(living.DATA, [f"p{number}" for number in range(living.PERSONS // 2 + 1)])
+
+    record = ward.run()
+
+    assert left == living.PERSONS - 2
+    assert not record.present
+    told = ward.told("offer")
+    assert told is not None
+    assert told.rule == "data"
+    assert ward.round not in ward.site.rounds
+
+
+@pytest.mark.slow
+def test_a_clock_that_goes_back_while_the_agent_runs_takes_the_ledger_nowhere(base_directory: Path) -> None:
+    shown = time.time()
+
+    with a_ward(base_directory) as ward, ward.site.served(clock=lambda: shown):
+        assert ward.works_on()
+        before = ward.site.book.at
+        shown -= 3 * DAY_S
+        assert ward.works_on()
+        shown += 10 * DAY_S
+        assert ward.works_on()
+        after = ward.site.book.at
+        shown -= 365 * DAY_S
+        assert ward.works_on()
+        last = ward.site.book.at
+
+    assert before == int(time.time()) or before <= after
+    assert after == last == before + 7 * DAY_S
+
+
+@pytest.mark.slow
+def test_an_agent_that_is_stopped_in_training_gives_the_steps_it_had_not_begun_back(base_directory: Path) -> None:
+    with a_ward(base_directory) as ward:
+        with ward.site.process() as process:
+            assert ward.works_on()
+            record = ward.in_training(ward.site.stop)
+            code = process.wait(30)
+        stopped = ward.known
+        with ward.site.process():
+            assert ward.works_on()
+
+    assert code == 0
+    assert not record.present
+    assert stopped.state == REFUNDED
+    assert true_steps(stopped) < STEPS
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("moment", ["idle", "training", "peers", "survivors", "signatures"])
+def test_an_agent_that_is_killed_leaves_no_child_behind_and_a_new_one_works_on(
+    base_directory: Path, moment: str
+) -> None:
+    with a_ward(base_directory) as ward:
+        with ward.site.process() as process:
+            assert ward.works_on()
+            (child,) = children(process.pid)
+            if moment == "idle":
+                process.kill()
+                record = None
+            elif moment == "training":
+                record = ward.in_training(process.kill)
+            else:
+                record = ward.before(moment, lambda: (process.kill(), process.wait()))
+            process.wait(30)
+            until(lambda: not Path(f"/proc/{child}").exists() or b"Z" in state(child), 10)
+        begun = ward.round in ward.site.rounds
+        with ward.site.process():
+            settled = ward.site.rounds.get(ward.round)
+            assert ward.works_on()
+        book = ward.site.book
+
+    assert record is None or not record.present
+    if moment == "training":
+        assert begun
+        assert settled is not None
+        assert settled.state == FORFEITED
+        assert true_steps(settled) == STEPS
+    if moment in {"survivors", "signatures"}:
+        assert settled is not None
+        assert settled.state == "bound"
+    if moment == "peers":
+        assert not begun
+    assert isinstance(next(iter(book.approvals)).approval.epsilon, float)
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process started and that are there."""
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def state(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except OSError:
+        return b"Z"
+
+
+@pytest.mark.slow
+@linux
+def test_a_disk_that_reports_errors_is_refused_and_after_a_new_start_the_site_works_on(base_directory: Path) -> None:
+    with a_ward(base_directory) as ward:
+        with ward.site.process() as process:
+            assert ward.works_on()
+            log = ward.site.home.ledger.with_name("ledger.db-wal").stat().st_size
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (log, resource.RLIM_INFINITY))
+            record = ward.run()
+            refused = ward.told("start")
+            book = ward.site.book
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            alive = process.poll() is None and ward.site.answers()
+        with ward.site.process():
+            assert ward.works_on()
+
+    assert not record.present
+    assert refused is not None
+    assert refused.error == "LedgerError"
+    assert ward.round - 1 not in book.rounds(RUN)
+    assert alive
+
+
+@pytest.mark.slow
+def test_a_ledger_that_takes_no_writes_lets_nothing_be_trained(base_directory: Path) -> None:
+    with a_ward(base_directory) as ward:
+        with ward.site.served() as worker:
+            assert ward.works_on()
+            worker._journal._connection.execute("PRAGMA query_only = ON")  # SQLite then says SQLITE_READONLY
+            record = ward.run()
+            told = ward.told("start")
+            trained = worker._trainer.evidence.keys()
+            begun = ward.round in ward.site.rounds
+        with ward.site.process():
+            assert ward.works_on()
+
+    assert not record.present
+    assert told is not None
+    assert told.error == "LedgerError"
+    assert not begun
+    assert ward.round - 1 not in trained
+
+
+@pytest.mark.slow
+def test_a_second_agent_of_another_process_is_refused_and_the_first_goes_on(base_directory: Path) -> None:
+    with a_ward(base_directory) as ward, ward.site.process() as first:
+        second = ward.site.started()
+        _, said = second.communicate(timeout=60)
+        assert ward.works_on()
+        there = first.poll() is None
+
+    assert second.returncode == 1
+    assert f"is in use by process {first.pid}".encode() in said
+    assert there
+
+
+@pytest.mark.slow
+def test_another_process_that_holds_the_ledger_is_waited_for(base_directory: Path) -> None:
+    with a_ward(base_directory) as ward, ward.site.served():
+        held = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(ward.site.home.ledger)], stdout=subprocess.PIPE, stdin=subprocess.PIPE
+        )
+        assert held.stdout is not None
+        assert held.stdout.readline() == b"held\n"
+
+        try:
+            assert ward.works_on()
+        finally:
+            held.communicate()
+        kinds = [type(entry) for entry in entries(ward.site)]
+
+    assert kinds.count(Reserve) == 1
+    assert kinds.count(Started) == 1
+
+
+HOLD = """
+import sqlite3, sys, time
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+print("held", flush=True)
+time.sleep(2)
+connection.execute("ROLLBACK")
+"""
+
+
+def entries(site: Living) -> Iterator[object]:
+    """What the ledger holds."""
+    from confide.common.entries import decode
+
+    with contextlib.closing(sqlite3.connect(site.home.ledger)) as connection:
+        for (line,) in connection.execute("SELECT line FROM record ORDER BY seq"):
+            yield decode(line).entry

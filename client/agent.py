@@ -310,6 +310,7 @@ class Agent:
         self.spends.commit(number, self._trainer.evidence_of(number))
         self._attempt, self._attending = (number + 1, 0), None
         self._kept.forget_all_but(number + 1)
+        self._see({self.site: self.spends.checkpoint})  # a ledger put back to before this could open a second sum
         return opening
 
     def _present(self) -> Attending:

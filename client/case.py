@@ -98,7 +98,7 @@ class Case:
                 declared_persons=data.declared_persons,
             )
             if to_come > 0 and _is_explained(signed.plan, refusals):
-                accounts = {name: book.accounts[name].filter for name in data.accounts}
+                accounts = {name: book.gate(name) for name in data.accounts}
                 price = Price.of(privacy, accounts, to_come)
                 refusals += judge_price(price)
         return cls(

@@ -532,6 +532,7 @@ class _Link:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._sending = threading.Lock()
+        self._begun, self._filled = bytearray(), 0  # the next message, as far as it was taken in when `watch` raised
 
     @property
     def ended(self) -> bool:
@@ -562,39 +563,39 @@ class _Link:
             MessageError: What arrives is no message, or only the beginning of one.
             _Ended: The other end was closed before it.
         """
-        head = self._filled(_HEAD.size, watch)
-        if head is None:
+        if not self._fill(_HEAD.size, watch):
             raise _Ended
-        magic, body_bytes, payload_bytes = _HEAD.unpack(head)
+        magic, body_bytes, payload_bytes = _HEAD.unpack_from(self._begun)
         if magic != _MAGIC or body_bytes > _LARGEST_BODY_BYTES or payload_bytes > _LARGEST_PAYLOAD_BYTES:
             raise MessageError("Something arrived between agent and child that is no frame.")
-        body, payload = self._filled(body_bytes, watch), self._filled(payload_bytes, watch)
-        if body is None or payload is None:
-            raise MessageError("The child ended in the middle of a message.")
-        return _read(bytes(body), payload)
+        self._fill(_HEAD.size + body_bytes + payload_bytes, watch)
+        frame, self._begun, self._filled = self._begun, bytearray(), 0
+        body = bytes(frame[_HEAD.size : _HEAD.size + body_bytes])
+        del frame[: _HEAD.size + body_bytes]
+        return _read(body, frame)
 
     def close(self) -> None:
         self._connection.close()
 
-    def _filled(self, size: int, watch: Callable[[], None] | None) -> bytearray | None:
-        """Return so many bytes, or None if the other end was closed before the first of them."""
+    def _fill(self, size: int, watch: Callable[[], None] | None) -> bool:
+        """Take in the next message up to so many bytes; return False if the other end was closed before the first of them."""
         self._connection.settimeout(None if watch is None else _GLANCE_S)
-        buffer, filled = bytearray(size), 0
-        while filled < size:
+        self._begun.extend(bytes(max(0, size - len(self._begun))))
+        while self._filled < size:
             if watch is not None:
                 watch()
             try:
-                count = self._connection.recv_into(memoryview(buffer)[filled:])
+                count = self._connection.recv_into(memoryview(self._begun)[self._filled :])
             except TimeoutError:
                 continue
             except ConnectionResetError:  # it was closed before it had read everything
                 count = 0
-            if not count and filled:
+            if not count and self._filled:
                 raise MessageError("The child ended in the middle of a message.")
             if not count:
-                return None
-            filled += count
-        return buffer
+                return False
+            self._filled += count
+        return True
 
     def _hung_up(self) -> select.poll:
         poll = select.poll()

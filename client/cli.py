@@ -151,7 +151,7 @@ def join(
 @app.command(epilog="Example: confide site agent spring --data letters --model ./MiniLM")
 def agent(
     plan: Annotated[
-        str, typer.Argument(help="A plan signed by its coordinator; or a run whose plan was shown.", metavar="FILE|RUN")
+        str, typer.Argument(help="A plan signed by its coordinator; or a run whose plan was shown.", metavar="PLAN")
     ],
     model: ModelDir,
     data: Annotated[

@@ -241,11 +241,6 @@ class Home:
         return self.root / "log"
 
     @property
-    def trail(self) -> Path:
-        """The trail: what the agent did, line by line."""
-        return self.log / "trail.jsonl"
-
-    @property
     def run(self) -> Path:
         """The directory of the sockets, mode 0750."""
         return self.root / "run"

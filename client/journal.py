@@ -80,7 +80,7 @@ class Journal:
         self._checkpoint = read.checkpoint
         self._lock = threading.RLock()
         self._process = os.getpid()
-        self._file = None if path is None else _identified(path)
+        self._file = None if path is None else _files(path)
         self._broken = ""  # why nothing more may be appended
 
     @classmethod
@@ -475,8 +475,8 @@ class Journal:
             raise LedgerError(
                 "A ledger cannot be used by a process that was forked from the one that opened it. Open it there."
             )
-        if self.path is not None and _identified(self.path) != self._file:
-            self._broken = f"The file {self.path} was removed or replaced while it was open."
+        if self.path is not None and _files(self.path) != self._file:
+            self._broken = f"The file {self.path}, or the -wal beside it, was removed or replaced while it was open."
             raise LedgerError(f"{self._broken} {_RECOVER}")
 
     def _execute(self, statement: str, *values: object) -> None:
@@ -710,6 +710,11 @@ def _is(error: sqlite3.Error, *names: str) -> bool:
 def _name(error: sqlite3.Error) -> str:
     """Return SQLite's name for what went wrong; Python's own refusals have none."""
     return str(getattr(error, "sqlite_errorname", type(error).__name__))
+
+
+def _files(path: Path) -> tuple[tuple[int, int] | None, ...]:
+    """Return which files an open ledger is. Without its log the newest records are lost, and a second writer keeps none out."""
+    return tuple(map(_identified, (path, *_beside(path)[:2])))
 
 
 def _identified(path: Path) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ from confide.common.crypto import Identity
 from confide.common.entries import Recovered
 from confide.common.errors import LedgerError, UsageError
 from confide.common.ledger import read_export, verify
+from confide.common.witness import MOST_REASON, Witness
 
 _SQLITE: Final = b"SQLite format 3\0"
 _PARTS: Final = ("", "-wal", "-shm", "-journal")  # a database, and what SQLite keeps beside it
@@ -101,6 +102,7 @@ def go_on(
             the ledger's place is there again.
 
     Guarantee: whatever goes wrong, the file that was at the ledger's place is kept, and every account counts as spent.
+    What the site's own witness saw of the ledger need not be continued from then on.
     """
     aside = _moved(home.ledger)
     try:
@@ -116,7 +118,19 @@ def go_on(
         if aside is not None and not home.ledger.exists():
             _rename(aside, home.ledger, reversed(_PARTS))
         raise
+    try:
+        _let_go(home, reason)
+    except BaseException:
+        made.close()
+        raise
     return made, aside
+
+
+def _let_go(home: Home, reason: str) -> None:
+    """Let the site's own witness go on from the recovered ledger; what it saw of the lost one stays in its file."""
+    witness = Witness(home.witness)
+    for federation in witness.federations(home.site):
+        witness.forget(federation, home.site, f"Recovered: {reason}"[:MOST_REASON])
 
 
 def _is_database(path: Path) -> bool:

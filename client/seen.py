@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -10,6 +10,7 @@ from confide.common.checkpoint import Checkpoint, read_note, read_short
 from confide.common.entries import Genesis, decode
 from confide.common.errors import LedgerError, MessageError, UsageError
 from confide.common.ledger import Book
+from confide.common.merkle import EMPTY_ROOT, Tree, leaf_hash
 from confide.common.witness import Witness
 
 _LARGEST_BYTES: Final = 1 << 26
@@ -76,6 +77,32 @@ def replayed(lines: Iterable[bytes], seen: Sequence[Seen]) -> Book:
             "The ledger has no record at all, not even its genesis. Take up an export or an earlier copy."
         )
     return book
+
+
+def check_goes_on(book: Book, lines: Iterable[bytes], seen: Collection[Seen]) -> None:
+    """Return if a ledger goes on from every checkpoint that was seen of it, in whichever federation.
+
+    Args:
+        book: What its records lead to.
+        lines: Its records, which hold.
+        seen: The checkpoints; who signed them is not asked, since a key may have been changed.
+
+    Raises:
+        LedgerError: One is of another ledger, of more records than there are, or of others.
+    """
+    roots, tree = {found.checkpoint.size: EMPTY_ROOT for found in seen}, Tree()
+    for line in lines:
+        tree.add(leaf_hash(line))
+        if tree.size in roots:
+            roots[tree.size] = tree.root
+    for found in seen:
+        told = found.checkpoint
+        if (told.ledger, told.root) != (book.ledger, roots[told.size]):
+            raise LedgerError(
+                f"The ledger {book.ledger} has {book.size} records, and does not go on from what was seen of it as {found.whose}: "
+                f"{told.size} records of {told.ledger} ({found.where}). An old copy or another ledger was put in its place: put "
+                "the newest back. If it is lost: confide site ledger recover --old-copy"
+            )
 
 
 def site_and_ledger(lines: Sequence[bytes]) -> tuple[str, str]:

@@ -75,8 +75,9 @@ class Spends:
             roster: The digest of the roster that it would be summed under.
 
         Raises:
-            Refused: A later round was begun, this one's sum was opened, it was trained and its vector is gone, or it was
-                trained for a sum under another roster: under two rosters two sums could be opened.
+            Refused: A later round was begun, this one's sum was opened, it was trained and its vector is gone, it was trained
+                under another plan or on another data set, whose approval is not this one's, or it was trained for a sum under
+                another roster: under two rosters two sums could be opened.
         """
         rounds = self._journal.book.rounds(self._run)
         last = max(rounds, default=0)
@@ -87,6 +88,12 @@ class Spends:
             return
         if known.state == COMMITTED:
             raise Refused(f"The sum of round {number} was opened with this site's help; that happens once a round.")
+        if (known.reserve.plan, known.reserve.data) != (self._plan, self._data):
+            raise Refused(
+                f"Round {number} of the run {self._run!r} was begun under another plan or on another data set; it ends as it was "
+                "begun. Give each plan a run of its own.",
+                "approval",
+            )
         if known.reserve.roster != roster:
             raise Refused(f"Round {number} was begun under another roster; it ends under the one it was begun under.")
         if known.state != BOUND or not kept:

@@ -34,6 +34,7 @@ from confide.client.policy import Policy
 from confide.client.postbox import Postbox
 from confide.client.readiness import check_unit
 from confide.client.registry import Current, Registry
+from confide.client.seen import check_goes_on, seen_in
 from confide.client.spends import Spends
 from confide.client.trail import Trail
 from confide.common.base import base_digest
@@ -143,6 +144,7 @@ class Worker:
         """
         signed, plan = self._signed, self._signed.plan
         self._journal.sync()
+        self._whole()
         self._policy = enforced(self._home, self._journal)
         roster = enrolment.current(self._home, signed.federation)
         self._base = base_digest(self._model)
@@ -330,7 +332,7 @@ class Worker:
             sites=len(enrolment.current(self._home, self._signed.federation).sites),
             data=data,
             base=self._base,
-            accounts={name: book.accounts[name].filter for name in data.accounts},
+            accounts={name: book.gate(name) for name in data.accounts},
             rounds=rounds,
         )
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
@@ -358,6 +360,13 @@ class Worker:
                 "longer. Read it and approve it: confide site plan approve",
                 "approval",
             )
+
+    def _whole(self) -> None:
+        """Return if the ledger goes on from what this site noted of it, in its other federations too."""
+        if self._home.witness.exists():
+            book = self._journal.book
+            seen = seen_in(self._home.witness, self._home.site, book.ledger)
+            check_goes_on(book, self._journal.lines(), seen)
 
     def _rows(self) -> Current:
         """Return the registered rows, once it is found that enough persons are left of them; no child has seen them."""
@@ -396,6 +405,12 @@ class Worker:
             )
         if trainer.person_count < least:
             raise Refused(self._too_few(trainer.person_count, least), "data")
+        if self._signed.plan.privacy.delta * trainer.person_count >= 1:
+            raise Refused(
+                f"The data set {self._data!r} has {trainer.person_count} persons; the plan's delta = "
+                f"{self._signed.plan.privacy.delta:g} is not below one over that. Ask for a plan with a lower delta.",
+                "plan-privacy",
+            )
         self._version = rows.data.version
         self._declared = self._declared or rows.data.declared_persons
 

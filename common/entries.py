@@ -140,8 +140,8 @@ class PolicyInForce:
 
     Attributes:
         digest: Of the policy's file.
-        epsilon: What an account opened from now on may spend in a period, above 0, at most 100.
-        delta: Of that, above 0, below 1.
+        epsilon: What an account may spend in a period, above 0, at most 100. One that was opened with less keeps less.
+        delta: Of that, above 0, below 1; likewise.
         plan_epsilon: The most a plan may ask for.
         plan_delta: Of that.
         approvals_needed: How many of the approvers must approve a plan, from 1.
@@ -743,7 +743,7 @@ def utc_seconds(text: str) -> int:
         seconds = int(datetime.datetime.fromisoformat(text).timestamp()) if _TIME.fullmatch(text) else -1
     except ValueError:
         seconds = -1
-    if seconds < 0:
+    if seconds < 0 or utc_text(seconds) != text:  # some versions of Python take 24:00:00 for the next day
         raise LedgerError(f"{_shown(text)} is not {_UNTIL.says}, from 1970 on.")
     return seconds
 

@@ -290,6 +290,21 @@ class Book:
             if spend is not None and account in accounts and period in {None, periods[accounts.index(account)]}
         )
 
+    def gate(self, account: str) -> Filter:
+        """Return the filter that lets spends of an open account through: its own, or a smaller one if the policy became narrower.
+
+        Its limit is never above what the account was opened with; it is full where the policy leaves no room at its order.
+        """
+        own, policy = self._accounts[account].filter, self.policy
+        if policy is None or (policy.epsilon >= own.epsilon and policy.delta >= own.delta):
+            return own
+        try:
+            return dataclasses.replace(
+                own, epsilon=min(own.epsilon, policy.epsilon), delta=min(own.delta, policy.delta)
+            )
+        except PrivacyError:
+            return own.exhausted()
+
     def in_force(self, plan: str, run: str, data: str, at: int) -> Approval | None:
         """Return the newest approval of those that let a plan's run use a data set, or None if too few are in force.
 
@@ -527,9 +542,16 @@ class Book:
         for account in entry.accounts:
             if account not in self._accounts:
                 raise Refused(f"The data set {entry.data!r} names the account {account}, which is not open.", "data")
+        if known is not None and (gone := set(known.accounts) - set(entry.accounts)):
+            raise Refused(
+                f"The data set {entry.data!r} would no longer charge ({', '.join(sorted(gone, key=int))}), which it charged before. "
+                "Who was in it may still be: charge these as well.",
+                "data",
+            )
         self._put(self._data_sets, entry.data, entry)
         self._put(self._states, entry.data, _REMOVED if entry.event == "remove" else _CURRENT)
-        if entry.event == "remove":  # else a table that comes under this name would be approved unseen
+        recast = known is not None and (entry.person_id, entry.ids) != (known.person_id, known.ids)
+        if entry.event == "remove" or recast:  # else a table of other persons would be approved unseen
             for key in [key for key in self._approvals if key[2] == entry.data]:
                 self._revoke_all(key)
 
@@ -662,9 +684,10 @@ class Book:
         changed = []
         for name, sum_told in zip(accounts, told, strict=True):
             account = self._accounts[name]
-            after, room = account.filter.after((spend,)), account.filter.room * (1 + tolerance)
+            gate = self.gate(name)
+            after, room = account.filter.after((spend,)), gate.room * (1 + tolerance) if gate.left > 0 else 0.0
             if not tolerance or not after.spent <= room:
-                _admitted(account, spend)
+                _admitted(account, gate, spend)
             if sum_told is not None and not after.spent * (1 - _TOLERANCE) <= sum_told <= room:
                 raise Refused(
                     f"The account {name} would have spent {sum_told:.6g} as recorded; it is {after.spent:.6g} by the spends, "
@@ -927,9 +950,9 @@ def read_export(path: Path) -> tuple[list[bytes], Checkpoint]:
         ) from None
 
 
-def _admitted(account: Account, spend: Spend) -> None:
+def _admitted(account: Account, gate: Filter, spend: Spend) -> None:
     try:
-        account.filter.admits(spend)
+        gate.admits(spend)
     except PrivacyError as error:
         raise Refused(
             f"The account {account.account}, in its period {account.period}, is not enough. {error}", "budget"

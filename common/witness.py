@@ -26,7 +26,7 @@ from confide.common.disk import whole
 from confide.common.errors import LedgerError, MessageError, Refused, UsageError
 
 FORMAT = "confide-witness/1"
-_MOST_REASON = 200
+MOST_REASON = 200
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +110,10 @@ class Witness:
         """Return the last checkpoint seen, which the site's ledger must continue, or None if there is none."""
         return self._seen.get((federation, site), _NOTHING).last
 
+    def federations(self, site: str) -> tuple[str, ...]:
+        """Return the names of the federations in which a site's ledger must continue something, in order."""
+        return tuple(sorted(federation for (federation, name), of in self._seen.items() if name == site and of.last))
+
     def forgotten(self, federation: str, site: str) -> tuple[Forgotten, ...]:
         """Return what the site no longer has to continue, the first first."""
         return self._seen.get((federation, site), _NOTHING).forgotten
@@ -129,9 +133,9 @@ class Witness:
             UsageError: Nothing was seen of this site, or the reason is no such text.
             LedgerError: It could not be written, and nothing is forgotten.
         """
-        if not (reason.strip() and len(reason) <= _MOST_REASON and reason.isprintable()):
+        if not (reason.strip() and len(reason) <= MOST_REASON and reason.isprintable()):
             raise UsageError(
-                f"A reason of {len(reason)} characters was given; it must have 1 to {_MOST_REASON} printable ones. Say in "
+                f"A reason of {len(reason)} characters was given; it must have 1 to {MOST_REASON} printable ones. Say in "
                 "a sentence how the ledger was lost and who agreed."
             )
         with self._lock:

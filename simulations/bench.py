@@ -35,7 +35,7 @@ from confide.simulations.insecure import PLAIN_SUM, InsecureSeededNoise
 from confide.simulations.measurement import Figure, Note
 from confide.simulations.scenarios import demo_model, scenario
 from confide.simulations.setting import REAL
-from confide.simulations.vaults import DATA, open_ledger
+from confide.simulations.vaults import open_ledger, rows_of
 
 FORMAT = "confide-bench/1"
 PARAMETERS = 300_000
@@ -191,7 +191,7 @@ def _constant_agent(site: str, plan: Plan, layout: Layout, ring: RingLayout, fol
         ring=ring,
         randomness=lambda number: InsecureSeededNoise(0, site, number),
         protection=sums.protections[site],
-        spends=Spends(journal, run="bench", plan=plan.digest, data=DATA),
+        spends=Spends(journal, run="bench", plan=plan.digest, data=rows_of("bench")),
     )
 
 

@@ -293,7 +293,7 @@ def _seeds(words: str) -> list[int]:
 
 @app.command(epilog="Example: confide simulate bench federation --json")
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark: federation, secagg or train.", metavar="NAME")],
+    name: Annotated[str, typer.Argument(help="Which benchmark: federation, secagg, ledger or train.", metavar="NAME")],
     plan: Annotated[
         Path | None, typer.Option(help="For train: the plan that says how --data is read.", metavar="PLAN")
     ] = None,

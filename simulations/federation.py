@@ -28,7 +28,7 @@ from confide.server.store import RoundRecord, Store
 from confide.simulations.enrolment import Enrolment, Sums
 from confide.simulations.insecure import InsecureSeededNoise
 from confide.simulations.setting import check_choices
-from confide.simulations.vaults import DATA, kept_entropy, open_ledger
+from confide.simulations.vaults import kept_entropy, open_ledger, rows_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -137,7 +137,7 @@ class Federation:
             ring=self.ring,
             randomness=randomness,
             protection=protection,
-            spends=Spends(journal, run=self.name, plan=self.plan.digest, data=DATA),
+            spends=Spends(journal, run=self.name, plan=self.plan.digest, data=rows_of(self.name)),
             witness=None if protection.roster is None else Witness(),
         )
 

@@ -71,7 +71,7 @@ from confide.simulations.measurement import ONE_THREAD, Figure, Note, Stopwatch
 from confide.simulations.rehearsal import ROSTER, Rehearsal
 from confide.simulations.scenarios import demo_model, scenario
 from confide.simulations.sweep import variants
-from confide.simulations.vaults import DATA, open_ledger
+from confide.simulations.vaults import open_ledger, rows_of
 
 _MODEL_ALONE = "one process with torch, transformers, peft and the same model loaded"
 _SITE, _RUN, _DATA = "site", "bench", "rows"
@@ -354,7 +354,7 @@ class MadeUpSite:
                 declared_persons=persons,
                 ring=run.ring,
                 protection=enrolled.member(name, run.plan, run.ring),
-                spends=Spends(journal, run=run.name, plan=run.plan.digest, data=DATA),
+                spends=Spends(journal, run=run.name, plan=run.plan.digest, data=rows_of(run.name)),
             )
         return agents
 

@@ -21,7 +21,6 @@ from confide.common.spend import Spend
 from confide.server.publish import ONE_PROCESS
 from confide.simulations.insecure import PLAIN_SUM
 
-DATA = "rows"
 _SECRET = "secret"  # noqa: S105  a file's name
 _LAST = 253_402_300_799  # the end of the year 9999
 _ROOM = 1e-6  # of the budget, for the last digits of sums
@@ -63,7 +62,7 @@ def _allow(journal: Journal, identity: Identity, plan: Plan, run: str, declared_
     steward = Identity(derive(identity.seed(), b"confide simulated steward\n"))
     privacy = plan.privacy
     budget = _budget(privacy)
-    before, account = journal.book.data_sets.get(DATA), str(len(journal.book.accounts) + 1)
+    account = str(len(journal.book.accounts) + 1)
     journal.append(
         PolicyInForce(
             digest=sha256(canonical_bytes({"simulated": plan.digest})),
@@ -79,9 +78,9 @@ def _allow(journal: Journal, identity: Identity, plan: Plan, run: str, declared_
         ),
         AccountOpened(account=account, epsilon=budget.epsilon, delta=budget.delta, order=budget.order),
         DataSet(
-            data=DATA,
-            version=1 if before is None else before.version + 1,
-            event="add" if before is None else "change",
+            data=rows_of(run),
+            version=1,
+            event="add",
             fingerprint=derive(identity.seed(), b"confide simulated rows\n").hex(),
             declared_persons=declared_persons,
             person_id="",
@@ -94,7 +93,7 @@ def _allow(journal: Journal, identity: Identity, plan: Plan, run: str, declared_
             name=plan.name,
             run=run,
             federation="",
-            data=DATA,
+            data=rows_of(run),
             epsilon=privacy.epsilon,
             delta=privacy.delta,
             sampling_rate=privacy.sampling_rate,
@@ -108,6 +107,11 @@ def _allow(journal: Journal, identity: Identity, plan: Plan, run: str, declared_
             expires=utc_text(_LAST),
         ).signed(steward),
     )
+
+
+def rows_of(run: str) -> str:
+    """Return what a simulated site's data set of a run is called."""
+    return f"rows of {run}"
 
 
 def kept_entropy(folder: Path) -> Entropy:

@@ -61,7 +61,7 @@ from confide.server.store import RoundRecord
 from confide.server.summation import Channel, Collected, SecureSummation, Task
 from confide.simulations.enrolment import Enrolment
 from confide.simulations.scenarios import scenario
-from confide.simulations.vaults import DATA, open_ledger
+from confide.simulations.vaults import open_ledger, rows_of
 from tests.cohorts import EXCHANGES
 
 LAYOUT = Layout.of({"B": (2, 2), "head": (1,)})
@@ -207,7 +207,7 @@ class Hospital:
             ring=self._protection.ring,
             randomness=lambda number: Draws(),
             protection=self._protection,
-            spends=Spends(ledger, run=self._run, plan=self._protection.plan.digest, data=DATA),
+            spends=Spends(ledger, run=self._run, plan=self._protection.plan.digest, data=rows_of(self._run)),
             kept=self.kept(),
         )
 

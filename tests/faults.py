@@ -68,7 +68,7 @@ MORTAL, PEERS = "mortal", ("peer-1", "peer-2")
 SITES = (MORTAL, *PEERS)
 PERSONS = 120
 LAYOUT = Layout.of({"B": (2, 2), "head": (1,)})
-RING = RingLayout(length=LAYOUT.length, update_bound=10.0, max_sites=16)
+RING = RingLayout(length=LAYOUT.length, update_bound=600.0, max_sites=16)
 START: Floats = np.arange(LAYOUT.length, dtype=np.float32)
 # What happens in the rounds if nobody is killed; whatever is not said ends well.
 RETRIED, GIVES_UP, FAILS, ROUNDS = 2, 3, 4, 6
@@ -96,6 +96,7 @@ class Outcome:
     """What became of a run in which the site was killed.
 
     Attributes:
+        how: The kind of fault.
         round: The round that was to be under way.
         moment: The moment of the fault, from that round's beginning on, startup included; negative if a clock ran out.
         again: The moment at which the site that was started anew was killed, or 0.
@@ -104,6 +105,7 @@ class Outcome:
         broken: Every promise that was broken, a sentence each.
     """
 
+    how: str
     round: int
     moment: int
     again: int
@@ -112,20 +114,19 @@ class Outcome:
     broken: tuple[str, ...]
 
 
-def sweep(folder: Path, most: int, how: str = "once", *, to_the_end: bool = True) -> list[Outcome]:
-    """Return the outcomes of at most so many runs, killed at moments that are spread evenly over the rounds.
+def sweep(folder: Path, most: Mapping[str, int], *, to_the_end: bool = True) -> dict[str, list[Outcome]]:
+    """Return the outcomes of runs with faults at moments that are spread evenly over the rounds, by the kind of fault.
 
     Args:
         folder: Where the sites' disks lie.
-        most: How many runs.
-        how: `once` at a moment; `twice`, the second time while it starts anew; `anywhere`, when a clock runs out, be it
-            in the middle of SQLite's own work; or `full`, where nobody is killed, and the disk has no room from a moment
-            on until the answer has left.
+        most: How many runs at most of each kind: `once`, killed at a moment; `twice`, killed a second time while it
+            starts anew; `anywhere`, ended when a clock runs out, be it in the middle of SQLite's own work; or `full`,
+            where nobody is killed, and the disk has no room from a moment on until the answer has left.
         to_the_end: Whether all rounds that are left are run after it, not only those up to the next with a sum.
     """
     script = "import sys; from tests import faults; faults.main(*sys.argv[1:])"
     done = subprocess.run(
-        [sys.executable, "-c", script, str(folder), str(most), how, "end" * to_the_end],
+        [sys.executable, "-c", script, str(folder), json.dumps(dict(most)), "end" * to_the_end],
         cwd=_ROOT,
         env={**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
@@ -133,14 +134,14 @@ def sweep(folder: Path, most: int, how: str = "once", *, to_the_end: bool = True
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    outcomes = []
+    outcomes: dict[str, list[Outcome]] = {how: [] for how in most}
     for line in done.stdout.splitlines():
         fields = json.loads(line)
-        outcomes.append(Outcome(**{**fields, "broken": tuple(fields["broken"])}))
+        outcomes[fields["how"]].append(Outcome(**{**fields, "broken": tuple(fields["broken"])}))
     return outcomes
 
 
-def main(folder: str, most: str, how: str, to_the_end: str) -> None:
+def main(folder: str, most: str, to_the_end: str) -> None:
     """Print each outcome of a sweep as a line of JSON."""
     assert "torch" not in sys.modules
     logging.disable(logging.CRITICAL)
@@ -158,27 +159,34 @@ def main(folder: str, most: str, how: str, to_the_end: str) -> None:
         assert not told.broken, told.broken
         lives.append((number, disks, state, told.moments))
         state = told.state
-    for number, disks, state, deaths in _PLANS[how](lives, int(most)):
-        where = Path(folder) / "run"
-        shutil.copytree(disks, where)
-        later = [other for other in range(number + 1, ROUNDS + 1) if other not in VOID]
-        last = ROUNDS if to_the_end else min(later, default=ROUNDS)
-        faults = {"full": deaths[0]} if how == "full" else {"deaths": deaths}
-        told = _apart(functools.partial(_live, ground, where, state, number, last, expected=later, **faults))
-        shutil.rmtree(where)
-        outcome = Outcome(
-            round=number,
-            moment=deaths[0],
-            again=deaths[1] if len(deaths) > 1 else 0,
-            where="; ".join(told.where),
-            deaths=told.deaths,
-            broken=tuple(told.broken),
-        )
-        print(json.dumps(dataclasses.asdict(outcome)), flush=True)
+    for how, count in json.loads(most).items():
+        for life in _PLANS[how](lives, count):
+            outcome = _lived(ground, Path(folder) / "run", how, life, to_the_end=bool(to_the_end))
+            print(json.dumps(dataclasses.asdict(outcome)), flush=True)
 
 
 _Life = tuple[int, Path, ServerState, list[str]]
 _Planned = tuple[int, Path, ServerState, tuple[int, ...]]
+
+
+def _lived(ground: "Ground", folder: Path, how: str, planned: _Planned, *, to_the_end: bool) -> Outcome:
+    """Return the outcome of one run, in a copy of the disks as they were when its round began."""
+    number, disks, state, moments = planned
+    shutil.copytree(disks, folder)
+    later = [other for other in range(number + 1, ROUNDS + 1) if other not in VOID]
+    last = ROUNDS if to_the_end else min(later, default=ROUNDS)
+    faults: dict[str, Any] = {"full": moments[0]} if how == "full" else {"deaths": moments}
+    told = _apart(functools.partial(_live, ground, folder, state, number, last, expected=later, **faults))
+    shutil.rmtree(folder)
+    return Outcome(
+        how=how,
+        round=number,
+        moment=moments[0],
+        again=moments[1] if len(moments) > 1 else 0,
+        where="; ".join(told.where),
+        deaths=told.deaths,
+        broken=tuple(told.broken),
+    )
 
 
 def _once(lives: Sequence[_Life], most: int) -> Iterator[_Planned]:
@@ -414,7 +422,7 @@ class Touching:
         if mortal and number == FAILS:
             raise RunError("The child sent nonsense.")
         self._moment("after training")
-        return Delta(values=np.frombuffer(os.urandom(LAYOUT.length), np.uint8) / np.float32(256))
+        return Delta(values=np.frombuffer(os.urandom(LAYOUT.length), np.uint8).astype(np.float32))
 
     def evidence_of(self, number: int) -> bytes:
         """Return some evidence."""

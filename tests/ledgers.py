@@ -5,7 +5,7 @@ from pathlib import Path
 from confide.client.spends import Spends
 from confide.common.crypto import Identity
 from confide.common.plan import Plan
-from confide.simulations.vaults import DATA, open_ledger
+from confide.simulations.vaults import open_ledger, rows_of
 
 KEY = Identity(bytes([9] * 32))
 
@@ -15,4 +15,4 @@ def spends_of(
 ) -> Spends:
     """Return the run's part of a site's ledger at `path`, or in memory, made if absent."""
     journal = open_ledger(path, site=site, identity=key, plan=plan, run=run, declared_persons=persons)
-    return Spends(journal, run=run, plan=plan.digest, data=DATA)
+    return Spends(journal, run=run, plan=plan.digest, data=rows_of(run))

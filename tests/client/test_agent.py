@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -54,7 +55,7 @@ from confide.common.ring import RingLayout
 from confide.common.witness import Witness
 from confide.server.summation import SecureSummation, Task
 from confide.simulations.insecure import InsecurePlainSum, InsecureSeededNoise, InsecureUnmasked
-from confide.simulations.vaults import DATA, open_ledger
+from confide.simulations.vaults import open_ledger, rows_of
 from tests.conftest import MakeExamples
 from tests.server.agents import EXCHANGES, LAYOUT, Behaviour, Fresh, Moment, Sites, honest, unheard
 
@@ -109,7 +110,7 @@ def make_agent(
         ring=ring,
         randomness=lambda number: InsecureSeededNoise(5, "north", number),
         protection=protection or InsecurePlainSum(),
-        spends=Spends(journal, run="tiny", plan=model.plan.digest, data=DATA),
+        spends=Spends(journal, run="tiny", plan=model.plan.digest, data=rows_of("tiny")),
     )
 
 
@@ -586,7 +587,10 @@ def test_a_forged_offer_takes_from_a_site_nothing_that_it_kept(
 
 
 def watched(
-    plan: Plan, root: Path | None = None, script: Callable[[str, Moment], Behaviour] = lambda *_: honest
+    plan: Plan,
+    root: Path | None = None,
+    script: Callable[[str, Moment], Behaviour] = lambda *_: honest,
+    vectors: Path | None = None,
 ) -> Sites:
     """Return a federation of four in which every site has a witness, and the server has none."""
     return Sites(
@@ -596,6 +600,7 @@ def watched(
         folder=None if root is None else root / "sites",
         watched=True,
         script=script,
+        vectors=vectors,
     )
 
 
@@ -628,7 +633,7 @@ def test_a_site_shows_its_newest_checkpoint_and_remembers_everybodys(plan: Plan)
             assert (last.short() == before[peer]) == (peer != site)
         own = sites.witnesses[site].last("simulation", site)
         assert own is not None
-        assert own.size == sites.ledgers[site].book.size - 1  # all but the record that it helped to open the sum
+        assert own.size == sites.ledgers[site].book.size
 
 
 def test_a_site_shares_no_keys_with_one_whose_ledger_has_gone_back(plan: Plan, tmp_path: Path) -> None:
@@ -676,6 +681,29 @@ def test_a_site_whose_own_ledger_was_put_back_finds_it_out_before_it_answers(pla
     assert dict(collected.missing) == {"d": "advertise: Refused"}
     assert collected.present == ("a", "b", "c")
     assert len(sites.trainers["d"].starts) == 1
+
+
+def test_a_ledger_put_back_to_before_it_helped_to_open_opens_no_second_sum(plan: Plan, tmp_path: Path) -> None:
+    ledger, vector = tmp_path / "sites" / "d.ledger", tmp_path / "vectors" / "d" / "000001.vector"
+    copies: list[bytes] = []
+
+    def copied(agent: Agent, envelope: Envelope) -> Envelope | None:
+        if isinstance(open_envelope(envelope), Signatures):
+            with contextlib.closing(sqlite3.connect(ledger)) as connection:
+                copies.extend((connection.serialize(), vector.read_bytes()))
+        return agent.answer(envelope)
+
+    sites = watched(plan, tmp_path, lambda site, _: copied if site == "d" else honest, vectors=tmp_path / "vectors")
+    tried(sites)
+    before, kept = copies
+    vector.write_bytes(kept)
+    sites.put_back("d", before)
+    sites.agents["d"].spends.admit(1, kept=True, roster=sites.offers[0].roster)  # by the ledger alone it might
+
+    collected = tried(sites, attempt=2)
+
+    assert collected.missing["d"] == "advertise: Refused"
+    assert len(copies) == 2
 
 
 TOLD: dict[str, Callable[[tuple[str, ...]], tuple[str, ...]]] = {

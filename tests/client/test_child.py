@@ -357,6 +357,28 @@ def test_a_round_that_takes_too_long_is_killed(standing: Standing) -> None:
     assert gone(process)
 
 
+def test_a_round_whose_time_is_over_in_the_middle_of_a_message_costs_the_steps_that_had_begun_and_no_more(
+    standing: Standing,
+) -> None:
+    trainer = standing(
+        """
+        tell()
+        number = 0
+        while True:
+            number += 1
+            step(number)
+            time.sleep(0.01)
+        """,
+        deadline_s=0.3,
+    )
+
+    for _ in range(3):
+        given_up = stopped(trainer, lambda: None)
+
+        assert 1 <= given_up.steps_begun <= 35
+        assert "longer than 0.3 s" in str(given_up)
+
+
 def test_a_child_that_does_not_take_in_what_it_is_sent_is_killed(standing: Standing) -> None:
     trainer = standing("link.send('ready', ready, _raw(start)); time.sleep(60)", deadline_s=0.5)
 

@@ -475,6 +475,20 @@ def test_a_ledger_that_is_put_back_while_it_is_open_is_noticed(tmp_path: Path) -
             act()
 
 
+@pytest.mark.parametrize("end", ["-wal", "-shm"])
+def test_what_sqlite_keeps_beside_an_open_ledger_is_missed_when_it_is_removed(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "ledger.db"
+    journal = begun(path)
+    path.with_name(path.name + end).unlink()
+
+    for act in (lambda: journal.append(reserve(2)), journal.sync):
+        with pytest.raises(LedgerError, match="was removed or replaced while it was open"):
+            act()
+
+    journal.close()
+    assert Journal.look(path).size == journal.book.size
+
+
 def test_records_that_vanish_while_it_is_open_are_noticed(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     journal = begun(path)

@@ -17,6 +17,7 @@ from confide.common.errors import LedgerError, Refused, SealError
 from confide.common.ledger import BOUND, FORFEITED, REFUNDED, RESERVED, Book, read_export, verify
 from confide.common.plan import Plan
 from confide.common.spend import Spend
+from confide.simulations.vaults import rows_of
 from tests.ledgers import KEY, spends_of
 
 START, COMMITMENT, MASKED = ("sha256:" + digit * 64 for digit in "123")
@@ -113,7 +114,7 @@ def test_another_plan_or_run_than_was_approved_spends_nothing(plan: Plan, path: 
     journal = Journal.open(_made(plan, path), identity=KEY)
 
     for run, digest in (("other", plan.digest), ("tiny", "sha256:" + "0" * 64)):
-        spends = Spends(journal, run=run, plan=digest, data="rows")
+        spends = Spends(journal, run=run, plan=digest, data="rows of tiny")
         with pytest.raises(Refused, match="approvals of the run"):
             spends.reserve(spend(plan), START, ROSTER)
 
@@ -166,6 +167,18 @@ def test_a_round_ends_under_the_roster_it_was_begun_under(plan: Plan, path: Path
     found.admit(1, kept=True, roster=ROSTER)
     with pytest.raises(Refused, match="another roster"):
         found.admit(1, kept=True, roster=OTHER)
+
+
+def test_a_round_ends_under_the_plan_and_on_the_data_it_was_begun_with(plan: Plan, path: Path) -> None:
+    after(plan, path, "reserve", "bind")
+    journal = Journal.open(path, identity=KEY)
+
+    for digest, data in ((OTHER, rows_of("tiny")), (plan.digest, "other")):
+        with pytest.raises(Refused, match="was begun under another plan or on another data set") as refused:
+            Spends(journal, run="tiny", plan=digest, data=data).admit(1, kept=True, roster=ROSTER)
+        assert refused.value.rule == "approval"
+
+    Spends(journal, run="tiny", plan=plan.digest, data=rows_of("tiny")).admit(1, kept=True, roster=ROSTER)
 
 
 def test_a_refusal_says_which_way_the_round_went(plan: Plan) -> None:
@@ -269,7 +282,7 @@ def test_evidence_is_sealed_and_its_record_is_a_keyed_digest(plan: Plan, path: P
     journal = Journal.open(path, identity=KEY)
     key, evidence = bytes(range(32)), b'{"batch_sizes":[17]}'
 
-    Spends(journal, run="tiny", plan=plan.digest, data="rows", key=key).commit(1, evidence)
+    Spends(journal, run="tiny", plan=plan.digest, data="rows of tiny", key=key).commit(1, evidence)
 
     purpose = evidence_purpose("tiny", 1)
     sealed = journal.evidence("tiny", 1)
@@ -301,7 +314,7 @@ def test_the_checkpoint_shown_is_that_of_the_last_record(plan: Plan, path: Path)
 
 def test_nothing_is_written_on_a_closed_ledger(plan: Plan, path: Path) -> None:
     journal = Journal.open(_made(plan, path), identity=KEY)
-    spends = Spends(journal, run="tiny", plan=plan.digest, data="rows")
+    spends = Spends(journal, run="tiny", plan=plan.digest, data="rows of tiny")
     journal.close()
 
     with pytest.raises(LedgerError):

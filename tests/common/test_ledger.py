@@ -145,6 +145,18 @@ REFUSED: dict[str, tuple[Sequence[Entry], Entry, str, str]] = {
     "a data set twice": ([], data_set(version=2), "data", "registered already"),
     "a version left out": ([], data_set(version=3, event="change"), "data", "the next is 2"),
     "a change of nothing": ([], data_set(data="new", event="change"), "data", "is not registered"),
+    "a data set that leaves an account out": (
+        [account(2)],
+        data_set(version=2, event="change", accounts=("2",)),
+        "data",
+        "would no longer charge (1)",
+    ),
+    "a data set that leaves an account out when it comes back": (
+        [account(2), data_set(version=2, event="remove")],
+        data_set(version=3, accounts=("2",)),
+        "data",
+        "would no longer charge (1)",
+    ),
     "a data set of no account": ([], data_set(version=2, event="change", accounts=()), "data", "names no account"),
     "a data set of no persons": (
         [],
@@ -254,6 +266,19 @@ REFUSED: dict[str, tuple[Sequence[Entry], Entry, str, str]] = {
         "budget",
         "The account 1, in its period 1, is not enough. Round 1 would cost",
     ),
+    "a spend beyond the budget of a policy that became narrower": (
+        [reserve(1), policy(epsilon=1.83)],
+        reserve(2),
+        "budget",
+        "of the budget 1.83 at delta = 1e-05 only",
+    ),
+    "a spend at a delta that became narrower": (
+        [reserve(1), policy(epsilon=2.27, delta=1e-6)],
+        reserve(2),
+        "budget",
+        "of the budget 2.27 at delta = 1e-06 only",
+    ),
+    "a spend where a narrower policy leaves no room": ([policy(epsilon=0.5)], reserve(1), "budget", "only 0 is left"),
     "a spend without noise": (
         [approval(noise_multiplier=1e-300)],
         reserve(noise_multiplier=1e-300),
@@ -405,6 +430,25 @@ def test_what_was_tried_together_is_taken_back_together() -> None:
 
     assert state(book) == was
     book.record(reserve(), LATER)
+
+
+@pytest.mark.parametrize("recast", [{"person_id": "visit"}, {"ids": "visits of St. Anna"}])
+def test_a_table_in_which_others_are_the_persons_must_be_approved_anew(recast: dict[str, str]) -> None:
+    book, _ = written([*beginning(), data_set(version=2, event="change"), reserve(1)])
+
+    book.record(data_set(version=3, event="change", **recast), LATER)
+
+    with pytest.raises(Refused, match="Too few approvals"):
+        book.check(reserve(2), LATER)
+
+
+def test_a_wider_policy_gives_an_account_no_more_than_it_was_opened_with() -> None:
+    book, _ = written([*beginning(), policy(epsilon=2.5)])
+    narrow = book.gate("1")
+
+    book.record(policy(epsilon=50.0, delta=1e-4), LATER)
+
+    assert (narrow.epsilon, book.gate("1").epsilon, book.gate("1").delta) == (2.5, 10.0, 1e-5)
 
 
 def test_a_second_person_must_agree_where_the_policy_asks_for_two() -> None:

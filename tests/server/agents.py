@@ -21,7 +21,7 @@ from confide.server.rounds import Run
 from confide.server.summation import SecureSummation
 from confide.simulations.enrolment import Sums
 from confide.simulations.insecure import InsecureSeededNoise
-from confide.simulations.vaults import DATA, kept_entropy, open_ledger
+from confide.simulations.vaults import kept_entropy, open_ledger, rows_of
 
 LAYOUT = Layout.of({"B": (2, 2), "head": (1,)})
 RING = RingLayout(length=5, update_bound=10.0, max_sites=16)
@@ -150,7 +150,7 @@ class Sites:
             ring=self.ring,
             randomness=lambda number: self.randomness(7, site, number),
             protection=self.protections[site],
-            spends=Spends(self.ledgers[site], run="demo", plan=self.plan.digest, data=DATA),
+            spends=Spends(self.ledgers[site], run="demo", plan=self.plan.digest, data=rows_of("demo")),
             kept=None if self.vectors is None else Kept(self.vectors / site, site.encode().ljust(32)),
             witness=self.witnesses.get(site),
         )

@@ -75,7 +75,7 @@ def init(
     if keys.words:
         sentence("The keys are not encrypted: whoever reads the disk can speak for this site.")
     typer.echo("Next:")
-    typer.echo(f'  1. make a key for each person who may approve plans: confide site key approver "NAME" --out FILE')
+    typer.echo('  1. make a key for each person who may approve plans: confide site key approver "NAME" --out FILE')
     typer.echo(f"  2. edit {site / 'policy.toml'}, then: confide site policy check{where}")
     typer.echo(f"  3. with the federation's roster: confide site join ROSTER --admin KEY{where}")
 

@@ -64,14 +64,14 @@ def _approvers(policy: Policy) -> Iterator[str]:
 def _budget(policy: Policy) -> list[str]:
     budget, renewal = policy.budget, policy.renewal
     renewed = (
-        f"A budget may begin anew {renewal.after_days} days after it began, at most {renewal.most} times; an approver signs it and "
+        f"A budget may begin anew {renewal.after_days} days after it began, at most {renewal.most} time{'s' * (renewal.most != 1)}; an approver signs it and "
         "gives a reason."
         if renewal.after_days
         else "A budget that is used up never begins anew."
     )
     return [
         f"All plans together may cost a person of a data set epsilon = {budget.epsilon:g} at delta = {budget.delta:g}, over its "
-        "whole life. Accounts that were opened before keep the limit they were opened with.",
+        "whole life. Accounts that were opened with less keep that.",
         f"One plan may ask for epsilon = {budget.plan_epsilon:g} at delta = {budget.plan_delta:g}.",
         renewed,
     ]

@@ -102,9 +102,7 @@ def metrics_page(worker: "Worker", home: "Home", keys: "Keys", port: int) -> Ite
     with worker.gauges.serve(port, token) as page:
         replace_private(file, f"{token}\n".encode())
         worker.trail.record("metrics", {"port": page.port})
-        _log.info(
-            "metrics are at http://127.0.0.1:%d/metrics for who sends the token in %s", page.port, file
-        )
+        _log.info("metrics are at http://127.0.0.1:%d/metrics for who sends the token in %s", page.port, file)
         yield file
 
 

@@ -123,6 +123,7 @@ class Worker:
         self._stopped = threading.Event()
         self._doing, self._since = "starting", clock()
         self._policy: Policy
+        self._fixed: tuple[float, ...]  # what of the policy cannot change while the agent runs
         self._base = ""  # the digest of the base model's files
         self._judged: tuple[Policy, int] | None = None  # the policy, and the version of the data, that allowed it
         self._version = 0  # of the rows that the child has; 0 if it has none that may be used
@@ -146,7 +147,11 @@ class Worker:
         self._journal.sync()
         self._whole()
         self._policy = enforced(self._home, self._journal)
+        self._fixed = _fixed(self._policy)
         roster = enrolment.current(self._home, signed.federation)
+        joined = enrolment.federation_entry(self._home, signed.federation)
+        if self._journal.book.federations.get(signed.federation) != joined:  # it lets in no roster of an earlier epoch
+            self._journal.append(joined)
         self._base = base_digest(self._model)
         self._judge(rounds=plan.privacy.rounds - len(self._journal.book.rounds(signed.run)))
         self._approved()
@@ -305,6 +310,12 @@ class Worker:
         """Return if the site's owner still allows this, whatever was allowed before."""
         self._journal.sync()
         self._policy = enforced(self._home, self._journal)
+        if _fixed(self._policy) != self._fixed:
+            raise Refused(
+                "The policy's [answers] hold_s or [compute] round_s or memory_mb changed since this agent was started, which still "
+                "has the old ones. Stop it, and start it again.",
+                "compute",
+            )
         self._judge()
         self._approved()
         if isinstance(message, Offer):
@@ -475,6 +486,10 @@ def _judged(question: _Question) -> tuple[tuple[Refusal, ...], float]:
     if not refusals and question.rounds > 0:
         refusals = judge_price(Price.of(question.plan.privacy, question.accounts, question.rounds))
     return refusals, 0.0 if refusals else noise_multiplier(question.plan.privacy)
+
+
+def _fixed(policy: Policy) -> tuple[float, ...]:
+    return policy.answers.hold_s, policy.compute.round_s, policy.compute.memory_mb
 
 
 @contextmanager

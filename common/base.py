@@ -5,7 +5,7 @@ Nothing is ever downloaded and no code in the directory is ever run: weights are
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from confide.common.errors import ModelError, UsageError
@@ -107,4 +107,37 @@ def _decisive_files(directory: Path) -> list[Path]:
         )
     if not (directory / "config.json").is_file():
         raise ModelError(f"{directory} holds no config.json, so it is no model in Hugging Face's layout.")
+    _check_index(directory, {file.name for file in weights})
     return weights + [directory / name for name in _DECISIVE if (directory / name).is_file()]
+
+
+def _check_index(directory: Path, weights: Collection[str]) -> None:
+    """Return if the model's own files name no others to be loaded than those that the digest covers."""
+    index = _fields(directory / "model.safetensors.index.json").get("weight_map")
+    named = {
+        "model.safetensors.index.json": set(map(str, index.values())) - {*weights}
+        if isinstance(index, dict)
+        else set(),
+        "config.json": _names(_fields(directory / "config.json").get("transformers_weights")),
+        "tokenizer_config.json": _names(_fields(directory / "tokenizer_config.json").get("fast_tokenizer_files"))
+        - {"tokenizer.json"},
+    }
+    for name, beyond in named.items():
+        if beyond:
+            raise ModelError(
+                f"{directory / name} names files that no digest covers, {ascii(min(beyond))[:100]} among them. Save the model "
+                "anew with save_pretrained into one directory."
+            )
+
+
+def _fields(path: Path) -> dict[str, object]:
+    """Return what a file of JSON holds; nothing if it is none, which then cannot be loaded either."""
+    try:
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _names(value: object) -> set[str]:
+    return set(map(str, value)) if isinstance(value, list) else set() if value is None else {str(value)}

@@ -546,8 +546,8 @@ class World:
 
     def end(self) -> None:
         """Let the mortal end in peace, and look at everything once more."""
-        self._link.send(None)
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(EOFError, OSError):  # it may have ended once its last answer had left
+            self._link.send(None)
             self.moments = self._link.recv()
         self._process.join()
         if self._process.exitcode:

@@ -124,6 +124,31 @@ def test_a_base_of_another_digest_is_refused(base: Path) -> None:
         check_base(base, "sha256:" + "0" * 64)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors.index.json", {"weight_map": {"a": "model.safetensors", "b": "sub/x.safetensors"}}),
+        ("model.safetensors.index.json", {"weight_map": {"a": "../x.safetensors"}}),
+        ("config.json", {"model_type": "bert", "transformers_weights": "sub/x.safetensors"}),
+        ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.0.json"]}),
+    ],
+)
+def test_a_base_that_names_files_which_no_digest_covers_is_refused(
+    base: Path, name: str, content: dict[str, object]
+) -> None:
+    (base / name).write_text(json.dumps(content), encoding="utf-8")
+
+    with pytest.raises(ModelError, match="names files that no digest covers"):
+        base_digest(base)
+
+
+def test_a_base_in_several_parts_has_a_digest(base: Path) -> None:
+    parts = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(parts), encoding="utf-8")
+
+    assert base_digest(base).startswith("sha256:")
+
+
 def test_the_model_type_is_read_from_the_configuration(base: Path) -> None:
     assert model_type(base) == "bert"
 

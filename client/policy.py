@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from confide.common import plan as plans
+from confide.common import settings
 from confide.common.canonical import canonical_bytes, sha256
 from confide.common.entries import PolicyInForce
 from confide.common.errors import PrivacyError, UsageError
@@ -435,11 +436,7 @@ def starter(site: str, given: Mapping[str, object] = _NOTHING) -> str:
 
 def reference() -> Iterator[tuple[str, str, str, str, str]]:
     """Yield (section, key, default, range, meaning) for every key, for the reference page."""
-    for name, section in _SECTIONS.items():
-        for field in dataclasses.fields(section):
-            meaning: Meaning = field.metadata["meaning"]
-            default = "required" if field.default is dataclasses.MISSING else toml_value(field.default)
-            yield name, field.name, default, meaning.limit, meaning.says
+    return settings.reference(_SECTIONS)
 
 
 def approver_entry(name: str, key: bytes) -> str:

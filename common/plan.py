@@ -12,6 +12,7 @@ import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from confide.common import settings
 from confide.common.canonical import canonical_bytes, sha256
 from confide.common.errors import PlanError, UsageError
 from confide.common.graph import COMPLETE, COMPLETE_UP_TO, SEMI_HONEST
@@ -714,8 +715,4 @@ def starter(name: str, base: str, base_digest: str, targets: Sequence[str], kind
 
 def reference() -> Iterator[tuple[str, str, str, str, str]]:
     """Yield (section, key, default, range, meaning) for every key, for the reference page."""
-    for section_name, section in _SECTIONS.items():
-        for field in dataclasses.fields(section):
-            meaning: Meaning = field.metadata["meaning"]
-            default = "required" if field.default is dataclasses.MISSING else _spelled(field.default)
-            yield section_name, field.name, default, meaning.limit, meaning.says
+    return settings.reference(_SECTIONS)

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Any, TypeVar
 
@@ -231,3 +231,14 @@ def toml_value(value: object) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
     return str(value)
+
+
+def reference(sections: Mapping[str, type]) -> Iterator[tuple[str, str, str, str, str]]:
+    """Yield (section, key, default, range, meaning) for every key of these sections, for a reference page."""
+    for name, section in sections.items():
+        for field in dataclasses.fields(section):
+            meaning: Meaning = field.metadata["meaning"]
+            default = "required" if field.default is dataclasses.MISSING else "absent"
+            if field.default is not dataclasses.MISSING and field.default is not None:
+                default = toml_value(field.default)
+            yield name, field.name, default, meaning.limit, meaning.says

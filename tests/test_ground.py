@@ -253,6 +253,8 @@ def _commands_of(page: Path) -> Iterator[str]:
         for line in fence.replace("\\\n", " ").splitlines():
             if call := re.match(r"(?:\$ )?(?:\S*/)?(confide .*)", line):
                 yield call[1]
+    for fence in re.findall(r"^```text\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        yield from re.findall(r"^\$ (confide [^&\n]*)", fence, re.MULTILINE)
     for span in re.findall(r"`(confide [^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)):
         yield " ".join(span.split())
 

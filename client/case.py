@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Self
 
@@ -13,10 +14,10 @@ from confide.client.received import Received
 from confide.client.terminal import several
 from confide.common.base import base_digest
 from confide.common.calibration import noise_multiplier
-from confide.common.entries import Approval, DataSet
+from confide.common.entries import Approval, DataSet, utc_text
 from confide.common.errors import PrivacyError, UsageError
 from confide.common.explain import explain
-from confide.common.ledger import Book
+from confide.common.ledger import Account, Book
 from confide.common.plan import Plan
 
 UNSEEN: Final = "The base model's files were not looked at. To compare them, name their directory with --model."
@@ -38,6 +39,7 @@ class Case:
         price: What the rounds to come would cost; None without a data set, after the last round, or if the plan's own numbers
             do not allow to say.
         approvals: Those that cover it now.
+        accounts: Those that the data set charges.
     """
 
     policy: Policy
@@ -48,6 +50,7 @@ class Case:
     refusals: tuple[Refusal, ...]
     price: Price | None
     approvals: tuple[Approval, ...]
+    accounts: tuple[Account, ...]
 
     @classmethod
     def of(
@@ -110,6 +113,7 @@ class Case:
             refusals=refusals,
             price=price,
             approvals=() if terms is None else given(book.approvals, policy, terms, now),
+            accounts=() if data is None else tuple(book.accounts[name] for name in data.accounts),
         )
 
     @property
@@ -160,6 +164,8 @@ class Case:
         ]
         if not self.compared:
             parts[0][1].append(UNSEEN)
+        if self.data is not None:
+            parts.append(("Whose rows", list(_whose(self.data, self.accounts))))
         explained = _is_explained(signed.plan, self.refusals)
         if self.terms is not None and self.price is not None:
             expires = math.floor(now) + self.policy.approval.most_days * DAY_S
@@ -186,6 +192,13 @@ class Case:
                 )
             parts.append(("Who approved it", next_step))
         return parts
+
+
+def _whose(data: DataSet, accounts: tuple[Account, ...]) -> Iterator[str]:
+    """Yield what decides whose budget a data set takes; another column or namespace would make the same people new."""
+    column = f"by the column {data.person_id!r}" if data.person_id else "row by row: each row is a person of its own"
+    yield f"The persons of {data.data!r}, version {data.version}, are told apart {column}, among the identifiers {data.ids!r}."
+    yield f"It charges {', '.join(f'account {each.account}, in period {each.period} since {utc_text(each.began)}' for each in accounts)}."
 
 
 def _data_set(book: Book, name: str | None) -> DataSet | None:

@@ -58,7 +58,7 @@ def show(
     received = receive(home, plan)
     book, policy = Journal.look(home.ledger), policy_of(home)
     copy = keep(home, received)
-    now = time.time()
+    now = book.now(time.time())
     case = Case.of(policy, book, received, data, model, now)
     sections = case.sections(model, now)
     if as_json:
@@ -152,7 +152,8 @@ def approve(
 
     with opened(site, passphrase_file, insecure_no_passphrase=insecure_no_passphrase) as vault:
         received = receive(vault.home, plan)
-        policy, book, now = vault.policy(), vault.journal.book, time.time()
+        policy, book = vault.policy(), vault.journal.book
+        now = book.now(time.time())
         case = Case.of(policy, book, received, data, model, now)
         person = signer(key, key_passphrase_file, signs_as, insecure_no_passphrase=insecure_no_key_passphrase)
         approval = sign(
@@ -238,7 +239,8 @@ def list_runs(site: SiteDir = SITE_DIR, as_json: AsJson = False) -> None:
     from confide.common.entries import utc_text
 
     home = Home.open(site)
-    standing = SiteStanding.of(Journal.look(home.ledger), time.time())
+    book = Journal.look(home.ledger)
+    standing = SiteStanding.of(book, book.now(time.time()))
     rows = [
         {
             "run": run.run,
@@ -380,7 +382,8 @@ def apply(
     An agent does the same before every exchange, so this is for telling at once what follows from a change.
     """
     with opened(site, passphrase_file, insecure_no_passphrase=insecure_no_passphrase) as vault:
-        book, now = vault.journal.book, math.floor(time.time())
+        book = vault.journal.book
+        now = math.floor(book.now(time.time()))
         before, approved = book.policy, _approved(book, now)
         policy = vault.policy()
         after, stopped = book.policy, sorted(approved - _approved(book, now))

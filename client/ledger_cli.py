@@ -286,6 +286,35 @@ def renew(
     )
 
 
+@app.command(
+    epilog='Example: confide site ledger forget rehearsal south --reason "Its disk failed; Dr. Huber and we agreed."'
+)
+def forget(
+    federation: Annotated[str, typer.Argument(help="The federation's name.", metavar="FEDERATION")],
+    peer: Annotated[str, typer.Argument(help="The site whose ledger was lost.", metavar="SITE")],
+    reason: Annotated[str, typer.Option(help="How it was lost, and who agreed; it is kept.", metavar="TEXT")],
+    site: SiteDir = SITE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Let another site of a federation go on, whose ledger was lost and recovered; else this site refuses it.
+
+    What it shows next is accepted if it signed it. So let it recover first, which counts all its budgets as spent, and hear of
+    it from its people. No agent may run meanwhile.
+    """
+    from confide.client.home import Home
+    from confide.common.witness import Witness
+
+    home = Home.open(site)
+    with home.lock():
+        last = Witness(home.witness).forget(federation, peer, reason)
+    if as_json:
+        print_json(federation=federation, site=peer, records=last.size, reason=reason)
+        return
+    sentence(
+        f"Whatever ledger {peer} of {federation} shows next is accepted. The last one seen had {last.size} records."
+    )
+
+
 def _show_whole(book: "Book", where: str, seen: "Sequence[Seen]", *, known: bool) -> None:
     from confide.client.keys import fingerprint
     from confide.common.entries import utc_text

@@ -219,7 +219,7 @@ def rounds_that_fit(gate: Filter, spend: Spend) -> int:
 
 
 def _account(book: Book, account: Account) -> AccountStanding:
-    gate = account.filter
+    gate = book.gate(account.account)
     return AccountStanding(
         account=account.account,
         data=tuple(name for name in book.data_sets if account.account in _accounts(book, name)),
@@ -229,7 +229,7 @@ def _account(book: Book, account: Account) -> AccountStanding:
         period=account.period,
         began=account.began,
         used=account.used,
-        left=account.left,
+        left=max(0.0, gate.left),
         conversion=gate.epsilon - gate.room,
         total=account.total,
         incomplete=account.incomplete,
@@ -279,7 +279,7 @@ def _run(book: Book, approval: Approval, now: int) -> RunStanding:
     }
     covering = book.in_force(approval.plan, approval.run, approval.data, now)
     spend = _spend(approval if covering is None else covering)
-    gates = [book.accounts[account].filter for account in _accounts(book, approval.data)]
+    gates = [book.gate(account) for account in _accounts(book, approval.data)]
     return RunStanding(
         run=approval.run,
         plan=approval.plan,

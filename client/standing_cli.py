@@ -220,7 +220,8 @@ def _standing(home: "Home") -> "SiteStanding":
     from confide.client.journal import Journal
     from confide.client.standing import SiteStanding
 
-    return SiteStanding.of(Journal.look(home.ledger), time.time())
+    book = Journal.look(home.ledger)
+    return SiteStanding.of(book, book.now(time.time()))
 
 
 def _fitting(home: "Home", plan: "Plan") -> dict[str, int]:
@@ -229,8 +230,8 @@ def _fitting(home: "Home", plan: "Plan") -> dict[str, int]:
     from confide.client.standing import rounds_that_fit
     from confide.common.accounting import planned_spend
 
-    accounts, one = Journal.look(home.ledger).accounts, planned_spend(plan.privacy)
-    return {name: rounds_that_fit(account.filter, one) for name, account in accounts.items()}
+    book, one = Journal.look(home.ledger), planned_spend(plan.privacy)
+    return {name: rounds_that_fit(book.gate(name), one) for name in book.accounts}
 
 
 def _asked(home: "Home") -> dict[str, Any] | None:

@@ -290,6 +290,10 @@ class Book:
             if spend is not None and account in accounts and period in {None, periods[accounts.index(account)]}
         )
 
+    def now(self, told: float) -> float:
+        """Return what time it is for this ledger, which never goes back, when a clock tells `told`."""
+        return max(told, float(self.at))
+
     def gate(self, account: str) -> Filter:
         """Return the filter that lets spends of an open account through: its own, or a smaller one if the policy became narrower.
 
@@ -579,6 +583,14 @@ class Book:
         if utc_seconds(entry.expires) <= at:
             raise Refused(f"The approval ends at {entry.expires}, which is over. Approve it until later.", "approval")
         self._signed_here(entry, "approval")
+        for standings in self._approvals.values():
+            for other in (standing.approval for standing in standings if not standing.revoked):
+                if other.run == entry.run and other.federation != entry.federation:
+                    raise Refused(
+                        f"A run {entry.run!r} of the federation {other.federation!r} is approved; a run's rounds are told apart by "
+                        f"its name, so {entry.federation!r} must call its own differently. Ask its coordinator.",
+                        "approval",
+                    )
         several = self._approvals.get((entry.plan, entry.run, entry.data), ())
         # Else whoever kept the bytes could undo a revocation, or a recovery, without asking the approver.
         if any(standing.revoked and standing.approval.statement() == entry.statement() for standing in several):

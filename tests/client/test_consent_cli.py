@@ -1,6 +1,7 @@
 """`confide site plan` and `confide site policy`: what a steward reads, what she signs, and what stops a run."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -408,3 +409,15 @@ def test_what_is_looked_at_without_a_passphrase_changes_nothing_in_the_ledger(si
         assert site.read(*words) == 0
 
     assert Journal.look(site.home.ledger).size == size
+
+
+def test_an_approver_is_told_whose_rows_and_since_when_their_budget_counts(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+
+    assert site.read("plan", "show", site.plan) == 0
+
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "are told apart by the column 'patient', among the identifiers 'person'." in shown
+    assert re.search(r"It charges account 1, in period 1 since 20\d\d-\d\d-\d\dT", shown)

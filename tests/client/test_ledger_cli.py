@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from confide.client.journal import Journal, salvage
+from confide.common.checkpoint import Checkpoint
 from confide.common.crypto import Identity
-from confide.common.errors import LedgerError
+from confide.common.errors import LedgerError, Refused
 from confide.common.ledger import write_export
 from confide.common.witness import Witness
 from tests.sites import ANNA, DATA, EVE, FEDERATION, NAME, RUN, Site, copied, made
@@ -410,3 +411,21 @@ def test_a_budget_begins_anew_when_the_policy_allows_it_and_an_approver_signs(
 
     assert (tree["period"], tree["used"], tree["by"]) == (2, 0.0, ANNA)
     assert tree["total"] == pytest.approx(used)
+
+
+def test_a_peer_whose_ledger_was_lost_is_let_go_on_by_name_and_reason(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, other = Identity(bytes([7] * 32)), "south"
+    seen = Witness(site.home.witness)
+    seen.see(FEDERATION, other, key.public, Checkpoint.sign("1" * 32, 40, bytes(32), 3, key).short())
+    younger = Checkpoint.sign("2" * 32, 2, bytes(32), 0, key).short()
+    with pytest.raises(Refused):
+        Witness(site.home.witness).see(FEDERATION, other, key.public, younger)
+
+    assert site.read("ledger", "forget", FEDERATION, other, "--reason", "Its disk failed.", "--json") == 0
+
+    assert told(capsys)["records"] == 40
+    Witness(site.home.witness).see(FEDERATION, other, key.public, younger)
+    assert [each.reason for each in Witness(site.home.witness).forgotten(FEDERATION, other)] == ["Its disk failed."]
+    assert site.read("ledger", "forget", FEDERATION, "nobody", "--reason", "None.") == 2

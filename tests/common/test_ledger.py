@@ -1112,3 +1112,21 @@ def test_a_spend_from_the_book_is_the_one_that_accountants_count() -> None:
             noise="cryptographic",
         ),
     )
+
+
+def test_a_run_of_one_name_is_approved_in_one_federation_only() -> None:
+    book, _ = written(beginning())
+    other = approval(federation="Lung 2031", plan="sha256:" + "9" * 64)
+
+    with pytest.raises(Refused, match="must call its own differently") as refused:
+        book.check(other, book.at)
+
+    assert refused.value.rule == "approval"
+    book.check(approval(federation="Lung 2031", run="lung-1", plan="sha256:" + "9" * 64), book.at)
+
+
+def test_for_a_ledger_time_never_goes_back() -> None:
+    book, _ = written(beginning())
+
+    assert book.now(0.0) == book.at
+    assert book.now(book.at + 5.5) == book.at + 5.5

@@ -49,7 +49,7 @@ def nothing_broken(outcomes: list[faults.Outcome]) -> bool:
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[faults.Outcome]]:
     """Runs with faults at some of all moments."""
-    return faults.sweep(tmp_path_factory.mktemp("faults"), {"once": 80, "twice": 16, "full": 30}, to_the_end=False)
+    return faults.sweep(tmp_path_factory.mktemp("faults"), {"once": 64, "twice": 12, "full": 24}, to_the_end=False)
 
 
 def test_wherever_a_site_is_killed_its_ledger_counts_at_least_what_happened_and_it_works_on(
@@ -58,7 +58,7 @@ def test_wherever_a_site_is_killed_its_ledger_counts_at_least_what_happened_and_
     outcomes = swept["once"]
 
     assert nothing_broken(outcomes)
-    assert len(outcomes) >= 60
+    assert len(outcomes) >= 48
     assert {outcome.deaths for outcome in outcomes} == {1}
     assert {outcome.round for outcome in outcomes} == set(range(1, faults.ROUNDS + 1))
     assert len({outcome.where for outcome in outcomes}) >= 12
@@ -68,7 +68,7 @@ def test_a_site_that_is_killed_again_while_it_starts_anew_works_on(swept: dict[s
     outcomes = swept["twice"]
 
     assert nothing_broken(outcomes)
-    assert Counter(outcome.deaths for outcome in outcomes)[2] >= 10
+    assert Counter(outcome.deaths for outcome in outcomes)[2] >= 8
 
 
 def test_wherever_the_disk_is_full_nothing_is_trained_on_its_word_and_the_site_works_on_without_a_new_start(
@@ -77,7 +77,7 @@ def test_wherever_the_disk_is_full_nothing_is_trained_on_its_word_and_the_site_w
     outcomes = swept["full"]
 
     assert nothing_broken(outcomes)
-    assert len(outcomes) >= 20
+    assert len(outcomes) >= 18
     assert {outcome.deaths for outcome in outcomes} == {0}
 
 

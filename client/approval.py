@@ -117,7 +117,7 @@ def check(approval: Approval, policy: Policy, terms: Terms, now: float) -> None:
             "approval",
         )
     try:
-        verify(bytes.fromhex(approval.key), approval.statement(), bytes.fromhex(approval.signature))
+        _check_signature(approval)
     except MessageError:
         raise Refused(f"The signature under the approval by {by} is not that person's. {_AGAIN}", "approval") from None
 
@@ -291,3 +291,8 @@ def _unsigned(terms: Terms, by: str, key: bytes, expires: int) -> Approval:
         key=key.hex(),
         expires=utc_text(expires),
     )
+
+
+@functools.lru_cache(maxsize=64)  # as above; a signature that does not hold is looked at each time
+def _check_signature(approval: Approval) -> None:
+    verify(bytes.fromhex(approval.key), approval.statement(), bytes.fromhex(approval.signature))

@@ -262,7 +262,10 @@ class Worker:
         self._count(kind, told, spent, seconds)
         if isinstance(told, Failure):
             self._record_failure(kind, told)
-        else:
+        elif kind in {
+            Offer.kind,
+            Start.kind,
+        }:  # what follows from these is in the ledger, and a line waits for the disk
             self.trail.record("message", {"asked": kind, "answered": told.kind})
         _log.info(
             "%s: %s in %.1f s",

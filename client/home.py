@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, Self
 
 from confide.client.postbox import LONGEST_PATH_BYTES
-from confide.common.disk import whole
+from confide.common.disk import sync_folder, whole
 from confide.common.errors import UsageError
 from confide.common.roster import SITE_NAME
 from confide.common.settings import shown, toml_value
@@ -357,15 +357,6 @@ def read_private(path: Path, most_bytes: int) -> bytes:
             f"{path} has more than {most_bytes} bytes, the most it may have. Check that it is the right file."
         )
     return content
-
-
-def sync_folder(folder: Path) -> None:
-    """Return once the names in `folder` are on disk; without it a power cut may undo a renaming."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_site(path: Path) -> tuple[str, str]:

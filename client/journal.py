@@ -27,6 +27,7 @@ from typing import Final, Self
 
 from confide.common.checkpoint import Checkpoint, read_short
 from confide.common.crypto import Identity
+from confide.common.disk import sync_folder
 from confide.common.entries import LATEST, Commit, DataSet, Entry, Genesis, Recovered, Rotation
 from confide.common.errors import LedgerError, MessageError, Refused, UsageError
 from confide.common.ledger import Book, verify, write_export
@@ -108,9 +109,7 @@ class Journal:
         Raises:
             LedgerError: There is something at `path`, or it cannot be written.
         """
-        genesis = Genesis(
-            ledger=secrets.token_hex(16), site=site, key=identity.public.hex(), software=f"confide {_version()}"
-        )
+        genesis = Genesis(ledger=secrets.token_hex(16), site=site, key=identity.public.hex(), software=software())
         entries: tuple[Entry, ...] = (genesis,) if lost is None else (genesis, lost)
         return cls._begin(path, (), entries, identity, clock, wait_s)
 
@@ -202,9 +201,19 @@ class Journal:
         Raises:
             LedgerError: As for `open`.
         """
+        return Journal.look_through(path)[0]
+
+    @staticmethod
+    def look_through(path: Path) -> tuple[Book, list[bytes]]:
+        """Return what `look` does, and with it all records, without line breaks: both of one moment, read once.
+
+        Raises:
+            LedgerError: As for `open`.
+        """
         _check_file(path)
+        lines: list[bytes] = []
         with contextlib.closing(_connect(path, 10.0, write=False)) as connection:
-            return _read(connection, path).book
+            return _read(connection, path, lines).book, lines
 
     def __repr__(self) -> str:
         return f"<Journal of {self.path or 'memory'}: {self.book.size} records>"
@@ -346,7 +355,7 @@ class Journal:
         finally:
             for part in (draft, *_beside(draft)):
                 part.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         return cls.open(path, identity=identity, clock=clock, wait_s=wait_s)
 
     def _append(
@@ -518,8 +527,8 @@ class _Read:
     checkpoint: Checkpoint
 
 
-def _read(connection: sqlite3.Connection, path: Path | None) -> _Read:
-    """Return what a ledger's file holds, all from one moment.
+def _read(connection: sqlite3.Connection, path: Path | None, lines: list[bytes] | None = None) -> _Read:
+    """Return what a ledger's file holds, all from one moment; its records are put into `lines`, if that is given.
 
     Raises:
         LedgerError: Any of it does not hold.
@@ -530,6 +539,8 @@ def _read(connection: sqlite3.Connection, path: Path | None) -> _Read:
         _check_schema(connection, path)
         for seq, line in connection.execute("SELECT seq, line FROM record ORDER BY seq"):
             entry = _take(book, seq, line)
+            if lines is not None:
+                lines.append(line)
             if isinstance(entry, Commit) and entry.evidence:
                 kept.add(seq)
         if not book.size:
@@ -729,17 +740,9 @@ def _beside(path: Path) -> tuple[Path, ...]:
     return tuple(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a new name in `folder` last; without it a power cut may keep the file and lose its name."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @functools.cache
-def _version() -> str:
+def software() -> str:
+    """Return what a record says of who wrote it."""
     from importlib.metadata import version
 
-    return version("confide")
+    return f"confide {version('confide')}"

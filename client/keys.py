@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, TypeVar
 
-from confide.client.home import Home, read_private, replace_private, sync_folder, write_private
+from confide.client.home import Home, read_private, replace_private, write_private
 from confide.common.crypto import (
     LARGEST_KEY_FILE_BYTES,
     MOST_PASSPHRASE_BYTES,
@@ -25,6 +25,7 @@ from confide.common.crypto import (
     key_to_file,
     public_in_file,
 )
+from confide.common.disk import sync_folder
 from confide.common.entries import Rotation
 from confide.common.errors import Refused, SealError, UsageError
 from confide.common.settings import shown

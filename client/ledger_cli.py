@@ -46,15 +46,14 @@ def show(
 ) -> None:
     """Show the site's ledger, a line for each record, after all of it was verified. No passphrase is needed."""
     from confide.client.home import Home
-    from confide.client.journal import Journal, salvage
+    from confide.client.journal import Journal
     from confide.client.record_line import record_line
     from confide.common.entries import KINDS, decode, utc_text
 
     if kind is not None and kind not in KINDS:
         raise UsageError(f"There is no kind of record {kind!r}. Known are: {', '.join(KINDS)}.")
     home = Home.open(site)
-    book = Journal.look(home.ledger)
-    lines = salvage(home.ledger)
+    book, lines = Journal.look_through(home.ledger)
     chosen = [line for line in lines if kind is None or json.loads(line)["kind"] == kind]
     chosen = chosen if last is None else chosen[-last:]
     if as_json:

@@ -25,7 +25,7 @@ from confide.client.approval import Terms, given, needed
 from confide.client.child import ChildTrainer, Load
 from confide.client.gauges import Gauges
 from confide.client.home import Home
-from confide.client.journal import Journal
+from confide.client.journal import Journal, software
 from confide.client.judgement import Price, Refusal, enforced, judge_offer, judge_plan, judge_price, require
 from confide.client.kept import Kept
 from confide.client.keys import Keys
@@ -66,6 +66,7 @@ METRICS: Final = "metrics"
 STOP: Final = "stop"
 _GLANCE_S = 0.2
 _ASKED = frozenset(message.kind for message in (Offer, Peers, Start, Survivors, Signatures))
+_RECORDED = frozenset({Offer.kind, Start.kind})  # what follows from these is in the ledger; a line waits for the disk
 _FAILURES_A_MINUTE = 60  # that the trail takes: nobody who brings messages can fill the disk
 
 _log = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class Worker:
         self._judge(rounds=plan.privacy.rounds - len(self._journal.book.rounds(signed.run)))
         self._approved()
         rows = self._rows()
-        self._journal.append(Started(process=secrets.token_hex(16), software=_software()))
+        self._journal.append(Started(process=secrets.token_hex(16), software=software()))
         self._tell("loading")
         compute = self._policy.compute
         trainer = ChildTrainer(self._load(rows), deadline_s=compute.round_s, memory_mb=compute.memory_mb or None)
@@ -262,10 +263,7 @@ class Worker:
         self._count(kind, told, spent, seconds)
         if isinstance(told, Failure):
             self._record_failure(kind, told)
-        elif kind in {
-            Offer.kind,
-            Start.kind,
-        }:  # what follows from these is in the ledger, and a line waits for the disk
+        elif kind in _RECORDED:
             self.trail.record("message", {"asked": kind, "answered": told.kind})
         _log.info(
             "%s: %s in %.1f s",
@@ -357,7 +355,7 @@ class Worker:
 
     def _approved(self) -> None:
         signed, book = self._signed, self._journal.book
-        now = max(self._clock(), book.at)  # an approval that has ended does not come back with a clock that is put back
+        now = book.now(self._clock())  # an approval that has ended does not come back with a clock that is put back
         terms = Terms(
             ledger=book.ledger,
             recoveries=book.recoveries,
@@ -511,9 +509,3 @@ def _served(box: Postbox) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-def _software() -> str:
-    from importlib.metadata import version
-
-    return f"confide {version('confide')}"

@@ -17,7 +17,7 @@ def whole(path: Path) -> Iterator[Path]:
         with draft.open("rb") as stream:
             os.fsync(stream.fileno())
         draft.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -41,7 +41,7 @@ def append(path: Path, line: bytes) -> None:
                 stream.truncate(before)
             raise
     if fresh:
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def lock(folder: Path) -> IO[bytes]:
@@ -59,9 +59,9 @@ def lock(folder: Path) -> IO[bytes]:
     return stream
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a new name in `folder` last; without it a power cut may keep the file and lose its name."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:

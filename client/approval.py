@@ -8,6 +8,7 @@ approval. The ledger records approvals and revocations, and lets no round throug
 import dataclasses
 import functools
 import math
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from confide.common.ledger import Standing
 from confide.common.plan import Plan
 
 DAY_S = 86_400
+NONCE_BYTES = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +33,7 @@ class Terms:
 
     Attributes:
         ledger: The id of this site's ledger, 32 hexadecimal digits, so that an approval counts at no other site.
-        recoveries: How often that ledger was recovered, so that none signed before a loss counts after it.
+        recovery: The id of that ledger's last recovery, or empty, so that none signed before a loss counts after it.
         plan: The plan.
         run: The run's name.
         federation: The federation's name.
@@ -40,25 +42,26 @@ class Terms:
     """
 
     ledger: str
-    recoveries: int
+    recovery: str
     plan: Plan
     run: str
     federation: str
     data: str
     declared_persons: int
 
-    def unsigned(self, *, by: str, key: bytes, expires: int) -> Approval:
+    def unsigned(self, *, by: str, key: bytes, expires: int, nonce: str) -> Approval:
         """Return these terms as an approval that nobody has signed.
 
         Args:
             by: Who is to sign, by name.
             key: That person's public key, 32 bytes.
             expires: When it ends, in seconds since 1970 UTC.
+            nonce: 32 hexadecimal digits that no other approval has.
 
         Raises:
             LedgerError: The ledger has no spelling for one of the terms, such as a name of more than 200 characters.
         """
-        return _unsigned(self, by, key, expires)
+        return _unsigned(self, by, key, expires, nonce)
 
 
 def approve(
@@ -87,7 +90,8 @@ def approve(
             f"An approval for {days} days was asked for; [approval] most_days allows 1 to {most}. Choose fewer days.",
             "approval",
         )
-    return terms.unsigned(by=by, key=key, expires=math.floor(now) + days * DAY_S).signed(approver)
+    expires, nonce = math.floor(now) + days * DAY_S, secrets.token_hex(NONCE_BYTES)
+    return terms.unsigned(by=by, key=key, expires=expires, nonce=nonce).signed(approver)
 
 
 def check(approval: Approval, policy: Policy, terms: Terms, now: float) -> None:
@@ -101,15 +105,16 @@ def check(approval: Approval, policy: Policy, terms: Terms, now: float) -> None:
     Guarantee: whatever is in a plan is covered, for its digest is; and whatever the mechanism follows from beside it.
     """
     by = approver_name(policy, approval.key)
-    due = terms.unsigned(by=by, key=bytes.fromhex(approval.key), expires=0)
+    key, expires = bytes.fromhex(approval.key), utc_seconds(approval.expires)
+    due = terms.unsigned(by=by, key=key, expires=expires, nonce=approval.nonce)
     other = [
         f"{field.name} is {getattr(approval, field.name)}, and would have to be {getattr(due, field.name)}"
         for field in dataclasses.fields(Approval)
-        if field.name not in {"expires", "signature"} and getattr(approval, field.name) != getattr(due, field.name)
+        if field.name != "signature" and getattr(approval, field.name) != getattr(due, field.name)
     ]
     if other:
         raise Refused(f"The approval by {by} is one of other terms: {'; '.join(other)}. {_AGAIN}", "approval")
-    remaining_s = utc_seconds(approval.expires) - now
+    remaining_s = expires - now
     if not 0 < remaining_s <= (policy.approval.most_days + 1) * DAY_S:  # a clock may be set back a little
         raise Refused(
             f"The approval by {by} holds until {approval.expires}; it is {utc_text(math.floor(now))}, and [approval] most_days allows "
@@ -269,11 +274,11 @@ def _left(name: str, price: Price) -> Iterator[str]:
 
 
 @functools.lru_cache(maxsize=64)  # an agent asks for the same terms before every message
-def _unsigned(terms: Terms, by: str, key: bytes, expires: int) -> Approval:
+def _unsigned(terms: Terms, by: str, key: bytes, expires: int, nonce: str) -> Approval:
     privacy, mechanism = terms.plan.privacy, Mechanism.of(terms.plan.privacy, terms.declared_persons)
     return Approval(
         ledger=terms.ledger,
-        recoveries=terms.recoveries,
+        recovery=terms.recovery,
         plan=terms.plan.digest,
         name=terms.plan.name,
         run=terms.run,
@@ -290,6 +295,7 @@ def _unsigned(terms: Terms, by: str, key: bytes, expires: int) -> Approval:
         by=by,
         key=key.hex(),
         expires=utc_text(expires),
+        nonce=nonce,
     )
 
 

@@ -93,7 +93,7 @@ class Case:
         if data is not None:
             terms = Terms(
                 ledger=book.ledger,
-                recoveries=book.recoveries,
+                recovery=book.recovery,
                 plan=signed.plan,
                 run=signed.run,
                 federation=signed.federation,

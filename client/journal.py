@@ -30,7 +30,8 @@ from confide.common.crypto import Identity
 from confide.common.disk import sync_folder
 from confide.common.entries import LATEST, Commit, DataSet, Entry, Genesis, Recovered, Rotation
 from confide.common.errors import LedgerError, MessageError, Refused, UsageError
-from confide.common.ledger import Book, verify, write_export
+from confide.common.export import write_export
+from confide.common.ledger import Book, verify
 from confide.common.merkle import leaf_hash
 
 SCHEMA_VERSION: Final = 1
@@ -191,7 +192,7 @@ class Journal:
         if lost is not None and lost.size <= book.size:
             verify(lines, lost)
         known = (book.size, book.root) if lost is None else max((book.size, book.root), (lost.size, lost.root))
-        recovered = Recovered(size=known[0], root=known[1].hex(), reason=reason, by=by)
+        recovered = Recovered(recovery=secrets.token_hex(16), size=known[0], root=known[1].hex(), reason=reason, by=by)
         return cls._begin(path, lines, (recovered,), identity, clock, wait_s)
 
     @staticmethod
@@ -282,7 +283,7 @@ class Journal:
             return [bytes(line) for (line,) in rows]
 
     def export(self, path: Path) -> None:
-        """Write all records of `book` and the checkpoint over them to a file that `ledger.read_export` reads.
+        """Write all records of `book` and the checkpoint over them to a file that `export.read_export` reads.
 
         Raises:
             UsageError: The file cannot be written.

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from confide.client.child import ChildTrainer, Load
+from confide.client.child_trainer import ChildTrainer
 from confide.client.data import Reading, load_reader, read_examples
+from confide.client.link import Load
 from confide.client.mechanism import Mechanism
 from confide.client.noise import CryptographicNoise
 from confide.client.personal import Personal

@@ -101,7 +101,7 @@ def verify(
         Journal.look(home.ledger)  # the tables beside the records too, and the checkpoint
         lines, where, own = salvage(home.ledger), str(home.ledger), _own_witness(home)
     else:
-        from confide.common.ledger import read_export
+        from confide.common.export import read_export
 
         lines, checkpoint = read_export(export)
         where, own = str(export), []
@@ -133,7 +133,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write all records and the signed checkpoint to a file that anybody can verify. It holds nothing exact about rows."""
-    from confide.common.ledger import read_export
+    from confide.common.export import read_export
 
     with opened(site, passphrase_file, insecure_no_passphrase=insecure_no_passphrase) as vault:
         journal = vault.journal
@@ -267,7 +267,7 @@ def renew(
         person = signer(key, key_passphrase_file, signs_as, insecure_no_passphrase=insecure_no_key_passphrase)
         renewal = Renewal(
             ledger=book.ledger,
-            recoveries=book.recoveries,
+            recovery=book.recovery,
             account=account,
             period=book.accounts[account].period + 1,
             reason=reason,

@@ -3,6 +3,7 @@
 What is at the ledger's place is moved aside and never deleted.
 """
 
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from confide.common.checkpoint import Checkpoint
 from confide.common.crypto import Identity
 from confide.common.entries import Recovered
 from confide.common.errors import LedgerError, UsageError
-from confide.common.ledger import read_export, verify
+from confide.common.export import read_export
+from confide.common.ledger import verify
 from confide.common.witness import MOST_REASON, Witness
 
 _SQLITE: Final = b"SQLite format 3\0"
@@ -112,7 +114,7 @@ def go_on(
             )
         else:
             size, root = (0, bytes(32)) if lost is None else (lost.size, lost.root)
-            recovered = Recovered(size=size, root=root.hex(), reason=reason, by=by)
+            recovered = Recovered(recovery=secrets.token_hex(16), size=size, root=root.hex(), reason=reason, by=by)
             made = Journal.create(home.ledger, site=home.site, identity=identity, lost=recovered)
     except BaseException:
         if aside is not None and not home.ledger.exists():

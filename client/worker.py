@@ -4,7 +4,7 @@ Before any row is read it has looked at everything that could forbid the plan: w
 on disk, who approved it, the base model's digest, the table's fingerprint, the budget. Policy, approvals and budget are
 looked at again before every message, so what a steward changes holds from the next exchange on.
 
-It holds keys, ledger and sockets, and no model: that is the child's (`client/child`).
+It holds keys, ledger and sockets, and no model: that is the child's (`client/child_trainer`).
 """
 
 import dataclasses
@@ -22,13 +22,14 @@ from typing import Final
 from confide.client import enrolment
 from confide.client.agent import Agent
 from confide.client.approval import Terms, given, needed
-from confide.client.child import ChildTrainer, Load
+from confide.client.child_trainer import ChildTrainer
 from confide.client.gauges import Gauges
 from confide.client.home import Home
 from confide.client.journal import Journal, software
 from confide.client.judgement import Price, Refusal, enforced, judge_offer, judge_plan, judge_price, require
 from confide.client.kept import Kept
 from confide.client.keys import Keys
+from confide.client.link import Load
 from confide.client.membership import Membership
 from confide.client.policy import Policy
 from confide.client.postbox import Postbox
@@ -358,7 +359,7 @@ class Worker:
         now = book.now(self._clock())  # an approval that has ended does not come back with a clock that is put back
         terms = Terms(
             ledger=book.ledger,
-            recoveries=book.recoveries,
+            recovery=book.recovery,
             plan=signed.plan,
             run=signed.run,
             federation=signed.federation,

@@ -11,8 +11,9 @@ from pathlib import Path
 from confide.common.accounting import Cost, cost, planned_spend
 from confide.common.calibration import noise_multiplier
 from confide.common.errors import UsageError
+from confide.common.export import read_export
 from confide.common.filter import MOST_EPSILON, Filter, order_for
-from confide.common.ledger import read_export, verify
+from confide.common.ledger import verify
 from confide.common.plan import Plan, Privacy
 from confide.common.settings import read_section
 from confide.common.spend import Spend

@@ -246,7 +246,7 @@ class Approval:
 
     Attributes:
         ledger: The id of the ledger it is for, so that it counts at no other site.
-        recoveries: How often that was recovered before, so that none that was signed before a loss counts after it.
+        recovery: The id of that ledger's last recovery, or empty, so that none that was signed before a loss counts after it.
         plan: The plan's digest.
         name: The plan's name.
         run: The run's name.
@@ -263,12 +263,13 @@ class Approval:
         by: Who approves, by name.
         key: Her Ed25519 public key, 64 hexadecimal digits.
         expires: When the approval ends, as in 2026-11-23T02:40:00Z.
+        nonce: Drawn at random, 32 hexadecimal digits, so that one given anew differs from one that was revoked.
         signature: Over `statement()`, 128 hexadecimal digits; empty until it is signed.
     """
 
     kind: ClassVar[str] = "approve"
     ledger: str = _field(_ID)
-    recoveries: int = _field(_whole(0, 10**6), default=0)
+    recovery: str = _field(_or_nothing(_ID), default="")
     plan: str = _field(_DIGEST)
     name: str = _field(_NAME)
     run: str = _field(_NAME)
@@ -285,6 +286,7 @@ class Approval:
     by: str = _field(_NAME)
     key: str = _field(_KEY)
     expires: str = _field(_UNTIL)
+    nonce: str = _field(_ID)
     signature: str = _field(_SIGNATURE, default="")
 
     def __post_init__(self) -> None:
@@ -533,7 +535,7 @@ class Renewal:
 
     Attributes:
         ledger: The id of the ledger it is for.
-        recoveries: As of an Approval.
+        recovery: As of an Approval.
         account: The account.
         period: Its new period, from 2.
         reason: Why its persons may lose that much privacy again.
@@ -544,7 +546,7 @@ class Renewal:
 
     kind: ClassVar[str] = "renew"
     ledger: str = _field(_ID)
-    recoveries: int = _field(_whole(0, 10**6))
+    recovery: str = _field(_or_nothing(_ID))
     account: str = _field(_ACCOUNT)
     period: int = _field(_whole(2, 10**6))
     reason: str = _field(_REASON)
@@ -594,6 +596,7 @@ class Recovered:
     """A ledger was lost or damaged. Every account counts as fully spent, and all rounds and approvals are closed.
 
     Attributes:
+        recovery: Drawn at random, 32 hexadecimal digits: of two recoveries from one copy, each knows its own approvals.
         size: How many records the lost one is known to have had.
         root: The Merkle root over these, 64 hexadecimal digits.
         reason: What happened.
@@ -601,6 +604,7 @@ class Recovered:
     """
 
     kind: ClassVar[str] = "recover"
+    recovery: str = _field(_ID)
     size: int = _field(_whole(0, MOST_RECORDS))
     root: str = _field(_KEY)
     reason: str = _field(_REASON)
@@ -815,5 +819,5 @@ _VALUES: Final[dict[type[Entry], Callable[[Any], tuple[Any, ...]]]] = {
     entry: operator.attrgetter(*names) for entry, names in _NAMES.items()
 }
 _TERMS: Final[Callable[[Any], tuple[object, ...]]] = operator.attrgetter(
-    *(name for name in _NAMES[Approval] if name not in {"by", "key", "expires", "signature"})
+    *(name for name in _NAMES[Approval] if name not in {"by", "key", "expires", "nonce", "signature"})
 )

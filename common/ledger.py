@@ -1,8 +1,7 @@
 """A site's ledger as a value: records replayed into what they lead to, and every rule about what may come next.
 
 `Book` is asked before a record is written (`client/journal` does so) and asked again by whoever verifies, so a record that
-should not have been let in is found by an outsider who has nothing but the records. It knows no disk but an export's and
-no clock. The file is long because all rules stand in it: whoever audits a ledger should read one file, from top to bottom.
+should not have been let in is found by an outsider who has nothing but the records. It knows no disk and no clock. The file is long because all rules stand in it: whoever audits a ledger should read one file, from top to bottom.
 
 What the rules protect: nothing is trained that was not reserved, reserved without an approval in force, or beyond what an
 account has left; a round is trained once and has one vector; nothing that was spent is ever given back but steps that
@@ -12,17 +11,13 @@ touched no data; and a ledger that was lost counts as fully spent.
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from confide.common.canonical import canonical_bytes
-from confide.common.checkpoint import Checkpoint, read_note
+from confide.common.checkpoint import Checkpoint
 from confide.common.crypto import verify as verify_signature
-from confide.common.disk import whole
 from confide.common.entries import (
     FIRST_PREV,
     LATEST,
@@ -52,7 +47,7 @@ from confide.common.entries import (
     utc_seconds,
     utc_text,
 )
-from confide.common.errors import LedgerError, MessageError, PrivacyError, Refused, UsageError
+from confide.common.errors import LedgerError, MessageError, PrivacyError, Refused
 from confide.common.filter import Filter
 from confide.common.merkle import Tree, leaf_hash
 from confide.common.spend import Spend
@@ -64,8 +59,6 @@ COMMITTED: Final = "committed"
 FORFEITED: Final = "forfeited"
 REFUNDED: Final = "refunded"
 CLOSED: Final = "closed"  # by a recovery
-EXPORT_FORMAT: Final = "confide-checkpoint/1"
-LARGEST_EXPORT_BYTES: Final = 1 << 32
 # Machines differ in the last digit of a logarithm. What is replayed may be off by this, what is appended by nothing.
 _TOLERANCE = 1e-9
 _DAY_S = 86_400
@@ -82,6 +75,7 @@ _PLAIN: Final = (
     "key",
     "policy",
     "recoveries",
+    "recovery",
     "reserved",
     "last",
 )  # of a book's attributes
@@ -184,6 +178,7 @@ class Book:
         key: The Ed25519 public key that signs checkpoints now, 32 bytes.
         policy: The policy in force, or None.
         recoveries: How often the ledger was recovered.
+        recovery: The id of the last of these, or empty.
         reserved: How many of the records reserve a round, whatever became of it.
         last: The last record's entry, or None.
     """
@@ -197,6 +192,7 @@ class Book:
         self.key = b""
         self.policy: PolicyInForce | None = None
         self.recoveries = 0
+        self.recovery = ""
         self.reserved = 0
         self.last: Entry | None = None
         self._tree = Tree()
@@ -208,7 +204,7 @@ class Book:
         self._rounds: dict[str, dict[int, Round]] = {}
         self._last_round: dict[str, int] = {}  # the last that was reserved of each run
         self._releases: dict[int, tuple[Release, tuple[int, ...]]] = {}
-        self._processes: dict[str, bool] = {}
+        self._drawn: dict[str, bool] = {}  # by agents and recoveries, each once
         # What a change replaced, so that it can be undone: table, key, value before. None while nothing is on trial.
         self._replaced: list[tuple[dict[Any, Any], Any, Any]] | None = None
 
@@ -594,7 +590,7 @@ class Book:
         several = self._approvals.get((entry.plan, entry.run, entry.data), ())
         # Else whoever kept the bytes could undo a revocation, or a recovery, without asking the approver.
         if any(standing.revoked and standing.approval.statement() == entry.statement() for standing in several):
-            raise Refused("This approval was revoked. A new one, signed with another expiry, is needed.", "approval")
+            raise Refused("This approval was revoked. Approve the plan anew: confide site plan approve", "approval")
         self._put(self._approvals, (entry.plan, entry.run, entry.data), (*several, Standing(approval=entry)))
 
     def _revoke(self, entry: Revocation, at: int) -> None:
@@ -607,9 +603,9 @@ class Book:
             self._revoke_all(key)
 
     def _start(self, entry: Started, at: int) -> None:
-        if entry.process in self._processes:
+        if entry.process in self._drawn:
             raise Refused("An agent starts with a number that was drawn before: its randomness is not fresh.", "ledger")
-        self._put(self._processes, entry.process, True)
+        self._put(self._drawn, entry.process, True)
 
     def _reserve(self, entry: Reserve, at: int, tolerance: float) -> Reserve:
         policy, accounts = self._need_policy(), self.data_set(entry.data).accounts
@@ -790,7 +786,11 @@ class Book:
         self.key = bytes.fromhex(entry.key)
 
     def _recover(self, entry: Recovered, at: int) -> None:
+        if entry.recovery in self._drawn:
+            raise Refused("A recovery has the id of an earlier one; draw another.", "ledger")
+        self._put(self._drawn, entry.recovery, True)
         self.recoveries += 1
+        self.recovery = entry.recovery
         for name, account in list(self._accounts.items()):
             spent = dataclasses.replace(account, filter=account.filter.exhausted(), incomplete=True)
             self._put(self._accounts, name, spent)
@@ -817,10 +817,10 @@ class Book:
             raise Refused(
                 f"The {what} is for the ledger {entry.ledger}; this is {self.ledger}. Sign one for this.", rule
             )
-        if entry.recoveries != self.recoveries:
+        if entry.recovery != self.recovery:
             raise Refused(
-                f"The {what} is for a ledger that was recovered {entry.recoveries} times; this one was {self.recoveries} times. "
-                "What was signed before a loss does not count after it: sign another.",
+                f"The {what} was signed {_since(entry.recovery)}, and counts for the ledger as it was then; this one goes on "
+                f"{_since(self.recovery)}. What was signed before a loss does not count after it: sign another.",
                 rule,
             )
         if entry.key not in self._need_policy().approvers:
@@ -909,57 +909,8 @@ def verify(lines: Iterable[bytes], checkpoint: Checkpoint | None = None) -> Book
     return book
 
 
-def write_export(path: Path, lines: Iterable[bytes], checkpoint: Checkpoint, key: bytes) -> None:
-    """Write records and checkpoint to a file that `read_export` reads: a line for each record, and the signed note last.
-
-    Args:
-        path: The file; what is there is replaced.
-        lines: All records that the checkpoint stands for, without line breaks.
-        checkpoint: Over them.
-        key: The key that signed it, 32 bytes.
-
-    Raises:
-        UsageError: The file cannot be written.
-    """
-    try:
-        with whole(path) as draft:
-            draft.touch(mode=0o600)
-            with draft.open("wb") as stream:
-                for line in lines:
-                    stream.write(line + b"\n")
-                stream.write(canonical_bytes({"format": EXPORT_FORMAT, "note": checkpoint.note(key)}) + b"\n")
-    except OSError as error:
-        raise UsageError(f"Cannot write the export {path}: {error.strerror or error}. Choose another place.") from None
-
-
-def read_export(path: Path) -> tuple[list[bytes], Checkpoint]:
-    """Return the records of an export, without line breaks, and its checkpoint; pass both to `verify`.
-
-    Raises:
-        UsageError: The file cannot be read.
-        LedgerError: It does not end with a checkpoint in its one spelling, or is larger than LARGEST_EXPORT_BYTES.
-    """
-    try:
-        if path.stat().st_size > LARGEST_EXPORT_BYTES:
-            raise LedgerError(f"{path} has more than {LARGEST_EXPORT_BYTES} bytes, which no ledger's export has.")
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UsageError(f"Cannot read the export {path}: {error.strerror or error}. Give a ledger's export.") from None
-    if lines.pop() or not lines:
-        raise LedgerError(
-            f"{path} does not end with a line break: it was cut short. Ask the site for the export again."
-        )
-    last = lines.pop()
-    try:
-        fields = json.loads(last.decode("ascii"))
-        if canonical_bytes(fields) != last or fields.keys() != {"format", "note"} or fields["format"] != EXPORT_FORMAT:
-            raise ValueError
-        return lines, read_note(fields["note"])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, MessageError):
-        raise LedgerError(
-            f"The last line of {path} is not a checkpoint of the format {EXPORT_FORMAT}: the export was cut short or changed. "
-            "Ask the site for it again."
-        ) from None
+def _since(recovery: str) -> str:
+    return f"after the recovery {recovery[:8]}…" if recovery else "before any recovery"
 
 
 def _admitted(account: Account, gate: Filter, spend: Spend) -> None:

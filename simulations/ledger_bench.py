@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ import psutil
 from confide.client import enrolment, postbox
 from confide.client.agent import Agent
 from confide.client.approval import Terms, approve
-from confide.client.child import ChildTrainer
+from confide.client.child_trainer import ChildTrainer
 from confide.client.home import Home, write_private
 from confide.client.journal import Journal
 from confide.client.judgement import enforced, starter_for
@@ -55,8 +56,9 @@ from confide.common.entries import (
     utc_text,
 )
 from confide.common.errors import ConfideError, RunError
+from confide.common.export import read_export
 from confide.common.filter import Filter
-from confide.common.ledger import read_export, verify
+from confide.common.ledger import verify
 from confide.common.messages import Envelope
 from confide.common.model import AdaptedModel, attach
 from confide.common.plan import read_plan
@@ -274,7 +276,7 @@ class MadeUpSite:
             data = registry.add(_DATA, folder / "rows.csv", person_id, typical=spend)
             terms = Terms(
                 ledger=journal.book.ledger,
-                recoveries=0,
+                recovery="",
                 plan=plan,
                 run=_RUN,
                 federation=name,
@@ -556,6 +558,7 @@ def _approved(ledger: str, steward: Identity) -> Iterator[Entry]:
             by="The steward",
             key=key,
             expires=utc_text(LATEST),
+            nonce=secrets.token_hex(16),
         ).signed(steward)
 
 

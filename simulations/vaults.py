@@ -5,6 +5,7 @@ The words that say so stand in the policy: `insecure_one_process`, and those for
 hides.
 """
 
+import secrets
 from pathlib import Path
 
 from confide.client.home import write_private
@@ -105,6 +106,7 @@ def _allow(journal: Journal, identity: Identity, plan: Plan, run: str, declared_
             by="nobody: a simulation",
             key=steward.public.hex(),
             expires=utc_text(_LAST),
+            nonce=secrets.token_hex(16),
         ).signed(steward),
     )
 

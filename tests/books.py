@@ -28,6 +28,7 @@ from confide.common.ledger import Book
 SITE = Identity(bytes([1] * 32))
 STEWARD, SECOND, STRANGER = (Identity(bytes([number] * 32)) for number in (2, 3, 4))
 LEDGER = "0f" * 16
+RECOVERY = "4a" * 16
 PLAN, START, ROSTER = ("sha256:" + digits * 32 for digits in ("a1", "b2", "c3"))
 RUN, DATA = "heart-2026", "patients"
 NOW = utc_seconds("2026-11-23T02:40:00Z")
@@ -91,7 +92,7 @@ def approval(approver: Identity = STEWARD, *, ledger: str = LEDGER, **changes: A
     """An approval of 40 rounds of 4 steps each, signed."""
     fields: dict[str, Any] = {
         "ledger": ledger,
-        "recoveries": 0,
+        "recovery": "",
         "plan": PLAN,
         "name": "heart",
         "run": RUN,
@@ -108,6 +109,7 @@ def approval(approver: Identity = STEWARD, *, ledger: str = LEDGER, **changes: A
         "by": "Dr. Müller",
         "key": approver.public.hex(),
         "expires": EXPIRES,
+        "nonce": "9d" * 16,
     }
     return Approval(**fields | changes).signed(approver)
 
@@ -133,7 +135,7 @@ def reserve(number: int = 1, **changes: Any) -> Reserve:
 def renewal(period: int = 2, approver: Identity = STEWARD, *, ledger: str = LEDGER, **changes: Any) -> Renewal:
     fields: dict[str, Any] = {
         "ledger": ledger,
-        "recoveries": 0,
+        "recovery": "",
         "account": "1",
         "period": period,
         "reason": "A new year's admissions; the ethics board agreed on 3 November.",

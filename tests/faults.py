@@ -49,8 +49,9 @@ from confide.common.canonical import canonical_bytes, sha256
 from confide.common.crypto import Identity, unseal_bytes
 from confide.common.entries import Commit, Mask
 from confide.common.errors import ConfideError, RunError
+from confide.common.export import read_export
 from confide.common.filter import MOST_EPSILON, Filter, best_order
-from confide.common.ledger import BOUND, COMMITTED, Book, read_export, verify
+from confide.common.ledger import BOUND, COMMITTED, Book, verify
 from confide.common.messages import Contribution, Envelope, Failure, Offer, Opening, kind_of, open_envelope
 from confide.common.messages import vector_digest as digest_of
 from confide.common.plan import Plan, read_plan, starter

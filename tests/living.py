@@ -138,7 +138,7 @@ class Living:
             book, signed = journal.book, self.signed
             terms = Terms(
                 ledger=book.ledger,
-                recoveries=book.recoveries,
+                recovery=book.recovery,
                 plan=signed.plan,
                 run=signed.run,
                 federation=signed.federation,

@@ -46,7 +46,7 @@ def wide(signatures: int = 1) -> Policy:
 def terms(**changes: Any) -> Terms:
     fields: dict[str, Any] = {
         "ledger": LEDGER,
-        "recoveries": 0,
+        "recovery": "",
         "plan": PLAN,
         "run": "heart-1",
         "federation": "heart-2030",
@@ -83,7 +83,7 @@ def test_an_approval_states_the_plans_mechanism_and_covers_it() -> None:
 
 OTHER_FIELDS: dict[str, Any] = {
     "ledger": "f" * 32,
-    "recoveries": 1,
+    "recovery": "1" * 32,
     "plan": DIGEST,
     "name": "lung",
     "run": "heart-2",
@@ -100,6 +100,7 @@ OTHER_FIELDS: dict[str, Any] = {
     "by": "Ben Ito",
     "key": BEN.public.hex(),
     "expires": utc_text(NOW + 60 * DAY_S),
+    "nonce": "1" * 32,
     "signature": "0" * 128,
 }
 
@@ -119,7 +120,7 @@ def test_an_approval_that_was_altered_in_any_field_covers_nothing(field: str) ->
     assert Failure.of(refused.value).sentence == "The site refused. It follows its rule on: approval."
 
 
-@pytest.mark.parametrize("field", sorted(OTHER_FIELDS.keys() - {"by", "key", "expires", "signature"}))
+@pytest.mark.parametrize("field", sorted(OTHER_FIELDS.keys() - {"by", "key", "expires", "nonce", "signature"}))
 def test_terms_that_differ_are_told_with_both_values_even_if_the_signature_is_right(field: str) -> None:
     other = dataclasses.replace(signed(), **{field: OTHER_FIELDS[field]}).signed(ANNA)
 

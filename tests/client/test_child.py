@@ -22,8 +22,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from confide.client import child
-from confide.client.child import ChildTrainer, Load
+from confide.client import child, child_trainer, link
+from confide.client.child_trainer import ChildTrainer
+from confide.client.link import Load
 from confide.client.mechanism import GivenUp, Mechanism, Trainer
 from confide.client.noise import CryptographicNoise
 from confide.client.persons import SAME_PERSONS, person_digest, read_persons
@@ -146,8 +147,10 @@ def test_a_child_is_given_no_secret_of_the_environment_and_leads_its_own_session
     names = {entry.partition(b"=")[0] for entry in Path(f"/proc/{trainer.process}/environ").read_bytes().split(b"\0")}
 
     assert b"HF_HUB_OFFLINE" in names
-    assert all(not name or name.decode().startswith((*child._PASSED, *child._SETTINGS)) for name in names)
-    assert not any("PASS" in prefix or "CONFIDE" in prefix for prefix in child._PASSED)
+    assert all(
+        not name or name.decode().startswith((*child_trainer._PASSED, *child_trainer._SETTINGS)) for name in names
+    )
+    assert not any("PASS" in prefix or "CONFIDE" in prefix for prefix in child_trainer._PASSED)
     assert os.getsid(trainer.process) == trainer.process != os.getsid(0)
 
 
@@ -213,21 +216,22 @@ PRELUDE = """
 import os, struct, sys, time
 import numpy as np
 from confide.client import child
-from confide.client.child import _HEAD, _MAGIC, _Link, _end_with_the_parent, _raw
+from confide.client.child import _end_with_the_parent
+from confide.client.link import _HEAD, _MAGIC, Link, raw
 import socket
-link = _Link(socket.socket(fileno=int(sys.argv[1])))
+link = Link(socket.socket(fileno=int(sys.argv[1])))
 _end_with_the_parent(link)
 load = link.receive()
 start = np.zeros(4, np.float32)
 ready = {"persons": 9, "layout": [["w", [4]]], "head": ["w"], "fingerprint": ""}
 def tell():
-    link.send("ready", ready, _raw(start))
+    link.send("ready", ready, raw(start))
     return link.receive()
 def step(number):
     link.send("step", {"begun": number})
 def trained(values=start, **changes):
     told = {"round": 1, "batch_sizes": [3, 4], "clipped": 1, "non_finite": 0, **changes}
-    link.send("trained", told, values if isinstance(values, bytes) else _raw(values))
+    link.send("trained", told, values if isinstance(values, bytes) else raw(values))
 """
 
 Standing = Callable[..., ChildTrainer]
@@ -241,7 +245,7 @@ def standing(
     made = contextlib.ExitStack()
 
     def make(lines: str, **limits: float) -> ChildTrainer:
-        monkeypatch.setattr(child, "_COMMAND", PRELUDE + textwrap.dedent(lines))
+        monkeypatch.setattr(child_trainer, "_COMMAND", PRELUDE + textwrap.dedent(lines))
         described = dataclasses.replace(load, fingerprint=False, withdrawn=frozenset())
         return made.enter_context(ChildTrainer(described, **{"deadline_s": 20, "load_s": 20, **limits}))  # type: ignore[arg-type]
 
@@ -301,7 +305,7 @@ def test_a_round_that_keeps_to_the_protocol_is_taken(standing: Standing) -> None
         ("step(2)", 2, "do not follow"),
         ("step(1); step(1)", 2, "do not follow"),
         ("step(1); step(2); step(3)", 2, "do not follow"),
-        ("link.send('ready', ready, _raw(start))", 2, "where 'trained' was due"),
+        ("link.send('ready', ready, raw(start))", 2, "where 'trained' was due"),
         ("link._connection.sendall(b'x' * 100)", 2, "no frame"),
         ("link._connection.sendall(_HEAD.pack(_MAGIC, 1 << 31, 0))", 2, "no frame"),
         ("link._connection.sendall(_HEAD.pack(_MAGIC, 2, 1 << 40) + b'{}')", 2, "no frame"),
@@ -380,7 +384,7 @@ def test_a_round_whose_time_is_over_in_the_middle_of_a_message_costs_the_steps_t
 
 
 def test_a_child_that_does_not_take_in_what_it_is_sent_is_killed(standing: Standing) -> None:
-    trainer = standing("link.send('ready', ready, _raw(start)); time.sleep(60)", deadline_s=0.5)
+    trainer = standing("link.send('ready', ready, raw(start)); time.sleep(60)", deadline_s=0.5)
 
     with pytest.raises(GivenUp) as caught:
         trainer.train(1, np.zeros(10_000_000, np.float32), MECHANISM, CryptographicNoise())
@@ -502,10 +506,11 @@ def test_a_child_ends_when_its_parent_dies(load: Load, tmp_path: Path, end: str)
     script = f"""
 import os, sys, time
 from pathlib import Path
-from confide.client import child
-child._COMMAND = {PRELUDE!r} + "tell(); step(1)\\nwhile True: pass"
+from confide.client import child_trainer
+from confide.client.link import Load
+child_trainer._COMMAND = {PRELUDE!r} + "tell(); step(1)\\nwhile True: pass"
 plan = Path({str(tmp_path / "plan")!r}).read_bytes()
-trainer = child.ChildTrainer(child.Load(plan=plan, model=Path("m"), table=Path("t")), deadline_s=60)
+trainer = child_trainer.ChildTrainer(Load(plan=plan, model=Path("m"), table=Path("t")), deadline_s=60)
 print(trainer.process, flush=True)
 {end}
 """
@@ -520,7 +525,7 @@ print(trainer.process, flush=True)
 @given(body=st.binary(max_size=200) | st.sampled_from([b'{"kind":"step","begun":1}', b"[]", b"NaN", b'{"kind":[]}']))
 def test_what_is_no_message_is_refused_whatever_it_is(body: bytes) -> None:
     with pytest.raises(MessageError, match="no message"):
-        child._read(body, bytearray())
+        link._read(body, bytearray())
 
 
 @given(begun=st.integers(1, 2**63), more=st.dictionaries(st.text(max_size=5), st.integers(), max_size=2))
@@ -528,18 +533,18 @@ def test_a_message_has_one_spelling_and_exactly_its_fields(begun: int, more: dic
     body = canonical_bytes({**more, "kind": "step", "begun": begun})
 
     if set(more) <= {"kind", "begun"}:
-        assert child._read(body, bytearray()).fields == {"begun": begun}
+        assert link._read(body, bytearray()).fields == {"begun": begun}
         with pytest.raises(MessageError):
-            child._read(body + b" ", bytearray())
+            link._read(body + b" ", bytearray())
         with pytest.raises(MessageError):
-            child._read(body, bytearray(4))
+            link._read(body, bytearray(4))
     else:
         with pytest.raises(MessageError):
-            child._read(body, bytearray())
+            link._read(body, bytearray())
 
 
 @given(values=st.lists(st.floats(width=32, allow_nan=False), max_size=9))
 def test_vectors_travel_bit_for_bit(values: list[float]) -> None:
     vector: Floats = np.array(values, np.float32)
 
-    assert child._floats(bytearray(child._raw(vector))).tobytes() == vector.tobytes()
+    assert link.floats(bytearray(link.raw(vector))).tobytes() == vector.tobytes()

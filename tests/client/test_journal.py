@@ -22,13 +22,15 @@ import pytest
 from confide.client.journal import Journal, salvage
 from confide.common.entries import SEEDED, Forfeit, Recovered, Refund, Reserve, Revocation, Rotation, Started
 from confide.common.errors import LedgerError, Refused, UsageError
-from confide.common.ledger import BOUND, COMMITTED, RESERVED, Book, read_export, verify
+from confide.common.export import read_export
+from confide.common.ledger import BOUND, COMMITTED, RESERVED, Book, verify
 from tests.books import (
     DATA,
     DAY_S,
     NOW,
     PERSONS,
     PLAN,
+    RECOVERY,
     RUN,
     SITE,
     STRANGER,
@@ -49,7 +51,7 @@ from tests.books import (
 ROOT = Path(__file__).parents[2]
 NEW_PERSONS = [bytes([9, number] * 16) for number in range(3)]
 REVOKED = Revocation(plan=PLAN, run=RUN, by="Dr. Weiß", reason="The board withdrew.")
-LOST = Recovered(size=40, root="5c" * 32, reason="The disk failed.", by="IT")
+LOST = Recovered(recovery=RECOVERY, size=40, root="5c" * 32, reason="The disk failed.", by="IT")
 
 
 def opened(path: Path, **settings: Any) -> Journal:
@@ -874,7 +876,11 @@ def test_a_ledger_restored_from_an_export_gives_no_budget_until_it_is_renewed(tm
 
     assert restored.book.ledger == journal.book.ledger
     assert restored.book.last == Recovered(
-        size=witnessed.size, root=witnessed.root.hex(), reason="The disk failed on Monday.", by="IT"
+        recovery=restored.book.recovery,
+        size=witnessed.size,
+        root=witnessed.root.hex(),
+        reason="The disk failed on Monday.",
+        by="IT",
     )
     assert restored.book.accounts["1"].left == 0
     assert restored.accounts_of(PERSONS) == frozenset()
@@ -882,13 +888,17 @@ def test_a_ledger_restored_from_an_export_gives_no_budget_until_it_is_renewed(tm
     restored.append(account(2))
     restored.append(data_set(version=2, accounts=("1",), registered=""), persons={"1": PERSONS})
     restored.append(data_set(data="b", accounts=("2",), registered=""), persons={"2": NEW_PERSONS})
-    fresh: dict[str, Any] = {"ledger": restored.book.ledger, "recoveries": 1, "expires": "2029-01-01T00:00:00Z"}
+    fresh: dict[str, Any] = {
+        "ledger": restored.book.ledger,
+        "recovery": restored.book.recovery,
+        "expires": "2029-01-01T00:00:00Z",
+    }
     restored.append(approval(**fresh), approval(**fresh, data="b"))
     for data in (DATA, "b"):
         with pytest.raises(Refused, match="is not enough"):
             restored.append(reserve(2, data=data))
     clock.now += 366 * DAY_S
-    restored.append(renewal(ledger=restored.book.ledger, recoveries=1))
+    restored.append(renewal(ledger=restored.book.ledger, recovery=restored.book.recovery))
     restored.append(reserve(2))
     assert opened(tmp_path / "restored.db", clock=clock).book.root == restored.book.root
 
@@ -939,12 +949,12 @@ def test_a_new_ledger_for_a_lost_one_begins_with_its_loss_and_gives_no_budget(tm
 
     journal.append(policy(), account())
     journal.append(data_set(registered=""), persons={"1": PERSONS})
-    journal.append(approval(ledger=journal.book.ledger, recoveries=1, expires="2029-01-01T00:00:00Z"))
+    journal.append(approval(ledger=journal.book.ledger, recovery=journal.book.recovery, expires="2029-01-01T00:00:00Z"))
 
     with pytest.raises(Refused, match="is not enough"):
         journal.append(reserve(1))
     clock.now += 365 * DAY_S
-    journal.append(renewal(ledger=journal.book.ledger, recoveries=1))
+    journal.append(renewal(ledger=journal.book.ledger, recovery=journal.book.recovery))
     journal.append(reserve(1))
     assert opened(tmp_path / "ledger.db", clock=clock).book.accounts["1"].period == 2
 

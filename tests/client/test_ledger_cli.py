@@ -15,7 +15,7 @@ from confide.client.journal import Journal, salvage
 from confide.common.checkpoint import Checkpoint
 from confide.common.crypto import Identity
 from confide.common.errors import LedgerError, Refused
-from confide.common.ledger import write_export
+from confide.common.export import write_export
 from confide.common.witness import Witness
 from tests.sites import ANNA, DATA, EVE, FEDERATION, NAME, RUN, Site, copied, made
 

@@ -104,6 +104,7 @@ def approval(journal: Journal, data: str, divisor: float = 1.0) -> Approval:
         by="Dr. Vogel",
         key=APPROVER.public.hex(),
         expires="2030-01-01T00:00:00Z",
+        nonce="9d" * 16,
     ).signed(APPROVER)
 
 

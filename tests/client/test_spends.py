@@ -14,7 +14,8 @@ from confide.client.spends import Spends, evidence_purpose
 from confide.common.crypto import keyed_digest, unseal_bytes
 from confide.common.entries import SEEDED
 from confide.common.errors import LedgerError, Refused, SealError
-from confide.common.ledger import BOUND, FORFEITED, REFUNDED, RESERVED, Book, read_export, verify
+from confide.common.export import read_export
+from confide.common.ledger import BOUND, FORFEITED, REFUNDED, RESERVED, Book, verify
 from confide.common.plan import Plan
 from confide.common.spend import Spend
 from confide.simulations.vaults import rows_of

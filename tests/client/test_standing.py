@@ -18,6 +18,7 @@ from tests.books import (
     LEDGER,
     NOW,
     PLAN,
+    RECOVERY,
     RUN,
     SECOND,
     a_round,
@@ -147,7 +148,9 @@ def test_a_data_set_that_is_not_in_use_leaves_no_round() -> None:
 
 def test_after_a_loss_an_account_has_nothing_left_and_may_have_spent_more() -> None:
     book, _ = written([*beginning(), *a_round(1)])
-    book.record(Recovered(size=book.size, root=book.root.hex(), reason="The disk failed.", by="IT"), NOW + 60)
+    book.record(
+        Recovered(recovery=RECOVERY, size=book.size, root=book.root.hex(), reason="The disk failed.", by="IT"), NOW + 60
+    )
 
     found = standing(book)
 

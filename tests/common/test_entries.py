@@ -41,6 +41,7 @@ from tests.books import (
     LEDGER,
     NOW,
     PLAN,
+    RECOVERY,
     ROSTER,
     RUN,
     SITE,
@@ -77,7 +78,7 @@ SAMPLES: list[Entry] = [
     Release(data="patients", what="label histogram", noise_multiplier=50.0, accounts=("1",), spent=(0.5,)),
     renewal(),
     Rotation.between(LEDGER, SITE, STRANGER),
-    Recovered(size=10, root="5c" * 32, reason="The disk failed.", by="IT"),
+    Recovered(recovery=RECOVERY, size=10, root="5c" * 32, reason="The disk failed.", by="IT"),
 ]
 RESERVED = encode(reserve(accounts=("1",), spent=(0.25,)), 7, PREV, NOW)
 
@@ -301,7 +302,7 @@ def test_a_time_before_1970_or_after_9999_has_no_spelling(at: Any) -> None:
             approval(),
             {
                 "ledger": "1" * 32,
-                "recoveries": 1,
+                "recovery": "2" * 32,
                 "plan": ROSTER,
                 "name": "b",
                 "run": "b",
@@ -318,13 +319,14 @@ def test_a_time_before_1970_or_after_9999_has_no_spelling(at: Any) -> None:
                 "by": "b",
                 "key": "1" * 64,
                 "expires": "2027-01-01T00:00:01Z",
+                "nonce": "3" * 32,
             },
         ),
         (
             renewal(),
             {
                 "ledger": "1" * 32,
-                "recoveries": 1,
+                "recovery": "2" * 32,
                 "account": "2",
                 "period": 3,
                 "reason": "b",

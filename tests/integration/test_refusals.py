@@ -205,14 +205,14 @@ def test_an_approval_that_pretends_other_noise_than_follows_from_the_plan_counts
     signed, privacy = site.signed, site.signed.plan.privacy
     terms = Terms(
         ledger=site.book.ledger,
-        recoveries=0,
+        recovery="",
         plan=signed.plan,
         run=RUN,
         federation=FEDERATION,
         data=DATA,
         declared_persons=living.PERSONS,
     )
-    true = terms.unsigned(by="Anna Huber", key=APPROVER.public, expires=int(time.time()) + DAY_S)
+    true = terms.unsigned(by="Anna Huber", key=APPROVER.public, expires=int(time.time()) + DAY_S, nonce="9d" * 16)
     less = dataclasses.replace(true, noise_multiplier=Mechanism.of(privacy, living.PERSONS).noise_multiplier / 2)
     site.record(less.signed(APPROVER))
 

@@ -14,7 +14,8 @@ from confide.client.journal import Journal
 from confide.client.postbox import private_folder
 from confide.common.entries import SEEDED
 from confide.common.errors import RunError
-from confide.common.ledger import COMMITTED, read_export, verify
+from confide.common.export import read_export
+from confide.common.ledger import COMMITTED, verify
 from confide.simulations import bench, ledger_bench
 from confide.simulations.ledger_bench import MadeUpSite, Sizes, held_mb, ledger_figures, measure
 from confide.simulations.measurement import Figure

@@ -170,6 +170,7 @@ def kill_at_line(number: int, *files: str) -> None:
     sys.settrace(trace)
 
 
+@pytest.mark.slow
 def test_a_creation_killed_at_any_line_leaves_a_site_or_none_and_never_half_of_one(tmp_path: Path) -> None:
     outcomes: list[int] = []
     number = 0

@@ -126,6 +126,7 @@ def test_keys_are_not_made_while_the_site_is_in_use(home: Home) -> None:
     assert tree(home) == {}
 
 
+@pytest.mark.slow
 def test_a_making_killed_at_any_line_is_completed_by_the_next_and_a_vault_key_is_kept(home: Home) -> None:
     number, code, kept = 0, -1, 0
     while code:
@@ -292,6 +293,7 @@ def test_if_the_ledger_has_neither_identity_in_force_both_fingerprints_are_told(
         bare_keys(home)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_point_leaves_the_identity_in_force_usable(home: Home) -> None:
     old = with_ledger(home)
     seen: set[tuple[bool, bool]] = set()

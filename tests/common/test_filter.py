@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import statistics
-import time
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +13,7 @@ from confide.common.accounting import planned_cost, planned_spend
 from confide.common.errors import PrivacyError
 from confide.common.filter import MOST_EPSILON, Filter, best_order, order_for
 from confide.common.renyi import RDP_ORDERS, rdp_check, renyi_divergence
-from tests.common.spending import PRIVACY, SPEND, many_unlike, spend
+from tests.common.spending import PRIVACY, SPEND, spend
 
 # Budget, spends that are offered one after the other.
 BUDGETS = strategies.floats(0.5, 20)
@@ -27,7 +25,7 @@ OFFERS = strategies.lists(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(BUDGETS, OFFERS)
 def test_a_filter_never_lets_through_more_than_its_budget(
     epsilon: float, offers: list[tuple[float, float, int]]
@@ -97,7 +95,7 @@ def test_a_filter_with_a_spend_of_no_noise_says_no() -> None:
         Filter(epsilon=100.0, delta=1e-5).admits(spend(0.1, 5e-324, 1))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(OFFERS, strategies.integers(0, 19), strategies.integers(1, 50))
 def test_what_is_taken_back_leaves_never_less_than_what_the_other_spends_come_to(
     offers: list[tuple[float, float, int]], which: int, steps: int
@@ -167,18 +165,6 @@ def test_the_order_for_a_round_admits_at_least_as_many_rounds_as_any_other() -> 
         return gate.left / gate.after([one]).spent
 
     assert rounds(best) >= max(rounds(order) for order in range(2, 33))
-
-
-def test_a_decision_after_a_hundred_thousand_spends_takes_no_five_milliseconds() -> None:
-    before = Filter(epsilon=50.0, delta=1e-5).after(many_unlike())
-    seconds = []
-
-    for number in range(15):
-        began = time.process_time()
-        before.with_spend(spend(0.001, 2 + number / 1000, 1))
-        seconds.append(time.process_time() - began)
-
-    assert statistics.median(seconds) < 5e-3
 
 
 def test_the_loss_stays_below_at_any_stop_at_all_moments_together() -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -234,16 +233,13 @@ def test_a_node_does_not_pass_for_an_entry() -> None:
         Tree().add(MANY[0])
 
 
-def test_a_tree_of_a_hundred_thousand_leaves_keeps_a_handful_of_hashes_and_takes_a_second() -> None:
+def test_a_tree_of_a_hundred_thousand_leaves_keeps_a_handful_of_hashes() -> None:
     tree, leaf = Tree(), leaf_hash(b"")
-    start = time.process_time()
     for _ in range(100_000):
         tree.add(leaf)
         assert len(tree.root) == 32
-    taken = time.process_time() - start
 
     assert len(tree._full) == (100_000).bit_count()
-    assert taken < 5  # about 0.4 s on an idle core; a root recomputed from all leaves would take hours
 
 
 def _same_shape(index: int, size: int, other: int) -> bool:

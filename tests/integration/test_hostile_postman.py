@@ -224,7 +224,6 @@ def test_random_and_spoiled_frames_get_nothing_and_cost_nothing(scene: Scene) ->
 
 @settings(
     max_examples=80,
-    deadline=None,
     phases=[Phase.generate],  # to shrink would ask the agent thousands of times
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
@@ -611,6 +610,8 @@ def test_a_postman_of_the_group_gets_answers_and_not_a_byte_of_the_steward_s_soc
 def test_another_user_can_read_nothing_of_the_site_though_it_may_pass_through(scene: Scene) -> None:
     script = """
 import os, sys
+
+pytestmark = pytest.mark.slow  # a real agent with its child
 os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[3]))
 found = []
 for name in ("", "ledger.db", "ledger.db-wal", "policy.toml", "keys", "keys/identity.pem", "data", "log", "rounds", "personal"):
@@ -636,10 +637,8 @@ print(found)
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.slow
 @settings(
     max_examples=1500,
-    deadline=None,
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
@@ -648,7 +647,6 @@ def test_many_more_envelopes_that_are_spoiled_get_a_fixed_sentence(scene: Scene,
     test_envelopes_that_were_honest_once_and_are_spoiled_get_a_fixed_sentence.hypothesis.inner_test(scene, data)  # type: ignore[attr-defined]
 
 
-@pytest.mark.slow
 def test_after_all_of_this_the_ledger_holds(scene: Scene) -> None:
     scene.honest()
 

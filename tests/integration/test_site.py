@@ -25,6 +25,8 @@ from confide.server.store import RoundRecord
 from confide.simulations.rehearsal import ROSTER, Rehearsal
 from tests.conftest import plan_text, run
 
+pytestmark = pytest.mark.slow  # real agents, in processes of their own
+
 WAIT_S = 120.0
 START = "from confide.common.cli import main; main()"
 
@@ -205,7 +207,6 @@ def test_the_federation_s_adapter_can_be_judged_by_its_directory(
     assert set(found["scores"]) == {"untrained", "own", "federated"}
 
 
-@pytest.mark.slow  # it starts three agents
 def test_an_agent_that_was_killed_can_be_started_again_and_ends_in_order_when_it_is_told(steward: Steward) -> None:
     signed = steward.sign("again")
     steward.approve(signed)

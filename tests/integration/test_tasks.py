@@ -24,6 +24,8 @@ from confide.common.plan import (
 from tests.conftest import WORDS, run, save_tokenizer, simulate
 from tests.families import FAMILIES, save_base
 
+pytestmark = pytest.mark.slow  # whole federations of each kind
+
 MODELS = {
     REGRESSION: "distilbert",
     TOKEN_CLASSES: "bert",

@@ -28,7 +28,19 @@ from typing import Final, Self
 from confide.common.checkpoint import Checkpoint, read_short
 from confide.common.crypto import Identity
 from confide.common.disk import sync_folder
-from confide.common.entries import LATEST, Commit, DataSet, Entry, Genesis, Recovered, Rotation
+from confide.common.entries import (
+    LATEST,
+    Bind,
+    Commit,
+    DataSet,
+    Entry,
+    Forfeit,
+    Genesis,
+    Mask,
+    Recovered,
+    Refund,
+    Rotation,
+)
 from confide.common.errors import LedgerError, MessageError, Refused, UsageError
 from confide.common.export import write_export
 from confide.common.ledger import Book, verify
@@ -49,6 +61,8 @@ _SCHEMA: Final = (
 )
 _PERSONS_FORMAT: Final = b"confide-persons/1\n"
 _ACCOUNT_BYTES: Final = 8
+# How long a training took depends on who was drawn, so what ends it bears the time of the record before.
+_UNTIMED: Final = (Bind, Mask, Forfeit, Refund)
 _RECOVER: Final = "Nothing may be trained on it. Keep the file, and take up an export or an earlier copy with: confide site ledger recover"
 
 
@@ -393,12 +407,12 @@ class Journal:
         self, entries: tuple[Entry, ...], persons: Mapping[str, Iterable[bytes]] | None, evidence: bytes | None
     ) -> tuple[Entry, ...]:
         """Put the entries into the open transaction, and into the book, and return them complete."""
-        at, recorded = _now(self._clock, self.book.at), list[Entry]()
+        now, recorded = _now(self._clock, self.book.at), list[Entry]()
         for entry in entries:
             if self.book.repeats(entry):
                 continue
             due = self._registered(entry, persons) if isinstance(entry, DataSet) else entry
-            line = self.book.record(due, at)
+            line = self.book.record(due, self.book.at if isinstance(due, _UNTIMED) else now)
             self._execute("INSERT INTO record VALUES (?, ?)", self.book.size, line)
             if evidence is not None and isinstance(entry, Commit):
                 row = (self.book.size, entry.run, entry.round, evidence)
@@ -597,7 +611,7 @@ def _stored(connection: sqlite3.Connection, book: Book, path: Path | None) -> Ch
 
 
 def _signed(book: Book, identity: Identity) -> Checkpoint:
-    return Checkpoint.sign(book.ledger, book.size, book.root, book.reserved, identity)
+    return Checkpoint.sign(book.ledger, book.size, book.root, book.charges, identity)
 
 
 def _persons_of(connection: sqlite3.Connection, data: str, path: Path | None) -> tuple[str, set[str]]:

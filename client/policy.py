@@ -347,8 +347,10 @@ def _in_force(policy: Policy) -> PolicyInForce:
         plan_delta=policy.budget.plan_delta,
         approvals_needed=policy.approval.signatures,
         approvers=tuple(policy.approvers),
+        most_days=policy.approval.most_days,
         renewal_days=policy.renewal.after_days,
         most_renewals=policy.renewal.most,
+        release_noise=policy.metrics.smallest_noise_multiplier if policy.metrics.leave else 0.0,
         words=policy.federation.words,
     )
 

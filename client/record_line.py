@@ -75,7 +75,7 @@ _LINES: Final[dict[type[Entry], Callable[[Any], str]]] = {
     Federation: lambda entry: f"{entry.federation}, epoch {entry.epoch}, {several(len(entry.admins), 'admin')}",
     Approval: lambda entry: f"{entry.by} approves {entry.name} for {entry.run} on {entry.data} until {entry.expires}",
     Revocation: lambda entry: f"{entry.by} revokes {entry.run}: {entry.reason}",
-    Started: lambda entry: entry.software,
+    Started: lambda entry: ", ".join((entry.software, *entry.words)),
     Reserve: _reserve,
     Bind: lambda entry: f"{_round(entry)}: the vector is fixed",
     Mask: lambda entry: f"{_round(entry)}: masked for attempt {entry.attempt}",

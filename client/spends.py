@@ -23,11 +23,13 @@ class Spends:
         run: The run's name.
         plan: The plan's digest.
         data: The data set that the run trains on.
+        version: The version of it whose rows are at hand; whoever loads others sets `version`.
         key: 32 bytes of the site's own, with which what was measured of a round's training is sealed; what is measured is
             not kept if it is absent.
     """
 
-    def __init__(self, journal: Journal, *, run: str, plan: str, data: str, key: bytes = b"") -> None:
+    def __init__(self, journal: Journal, *, run: str, plan: str, data: str, version: int = 1, key: bytes = b"") -> None:
+        self.version = version
         self._journal = journal
         self._run = run
         self._plan = plan
@@ -111,8 +113,8 @@ class Spends:
             roster: The digest of the roster that the round is summed under.
 
         Raises:
-            Refused: The ledger does not let it in: no approval is in force, the budget has no room, or the round was
-                reserved before.
+            Refused: The ledger does not let it in: no approval is in force, the rows are not those of the newest version, the
+                budget has no room, or the round was reserved before.
             LedgerError: The ledger cannot be written; nothing may be trained.
         """
         self._journal.append(
@@ -120,6 +122,7 @@ class Spends:
                 run=self._run,
                 plan=self._plan,
                 data=self._data,
+                version=self.version,
                 round=spend.round,
                 sampling_rate=spend.sampling_rate,
                 noise_multiplier=spend.noise_multiplier,

@@ -158,7 +158,7 @@ class Worker:
         self._judge(rounds=plan.privacy.rounds - len(self._journal.book.rounds(signed.run)))
         self._approved()
         rows = self._rows()
-        self._journal.append(Started(process=secrets.token_hex(16), software=software()))
+        self._journal.append(Started(process=secrets.token_hex(16), software=software(), words=self._keys.words))
         self._tell("loading")
         compute = self._policy.compute
         trainer = ChildTrainer(self._load(rows), deadline_s=compute.round_s, memory_mb=compute.memory_mb or None)
@@ -186,13 +186,15 @@ class Worker:
                     run=signed.run,
                     plan=signed.digest,
                     data=self._data,
+                    version=self._version,
                     key=self._keys.secret(b"evidence"),
                 ),
                 kept=Kept(self._home.rounds / signed.run, self._keys.secret(b"rounds"), signed.run),
                 witness=Witness(self._home.witness),
                 consent=self._consent,
             )
-            agent.spends.settle()
+            self._spends = agent.spends
+            self._spends.settle()
             self._tell("idle")
             self._measure()
             yield lambda envelope: self._answer(agent, envelope)
@@ -436,6 +438,7 @@ class Worker:
         self._tell("loading")
         self._trainer.change(self._load(rows))
         self._accept(self._trainer, rows)
+        self._spends.version = self._version
         self.trail.record("rows-loaded", {"data": self._data, "version": rows.data.version})
 
     def _tell(self, doing: str) -> None:

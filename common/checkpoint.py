@@ -1,18 +1,18 @@
-"""A checkpoint: how many records a ledger has, the Merkle root over them and how many of them reserve a round, signed.
+"""A checkpoint: how many records a ledger has, the Merkle root over them and how many of them charge an account, signed.
 
 What is signed is the body of a note, four lines:
 
     confide-ledger/0f0e…        the origin, with the ledger's id
     1204                        how many records
     0Wv3kZ…=                    the root, in base64
-    reserved 17                 how many records reserve a round
+    charges 17                  how many records charge an account
 
 As a note it is followed by an empty line and the signature, which any tool for transparency logs verifies. Between
-sites and server the same travels as 172 characters of base64: id (16 bytes), size (8, big-endian), root (32), reserved
+sites and server the same travels as 172 characters of base64: id (16 bytes), size (8, big-endian), root (32), charges
 (8, big-endian) and signature (64). Each form has one spelling only.
 
 The fourth line is for those who see only checkpoints: records that cost nothing make a ledger longer, and no root says
-what it stands for, but what was reserved never becomes less.
+what it stands for, but what was charged never becomes less.
 
 Source: C2SP signed-note v1.0.0 and tlog-checkpoint v1.0.0, with Ed25519, one signature and one extension line.
 """
@@ -40,7 +40,7 @@ _NOTE = re.compile(
     r"confide-ledger/(?P<ledger>[0-9a-f]{32})\n"
     r"(?P<size>0|[1-9][0-9]{0,15})\n"
     r"(?P<root>[A-Za-z0-9+/]{43}=)\n"
-    r"reserved (?P<reserved>0|[1-9][0-9]{0,15})\n"
+    r"charges (?P<charges>0|[1-9][0-9]{0,15})\n"
     r"\n"
     r"— confide-ledger/(?P=ledger) (?P<signature>[A-Za-z0-9+/]{91}=)\n"
 )
@@ -54,7 +54,7 @@ class Checkpoint:
         ledger: The ledger's id, 32 hexadecimal digits.
         size: How many records it has, from 0 to 2^53 - 1.
         root: The Merkle root over them, 32 bytes.
-        reserved: How many of them reserve a round, from 0 to `size`.
+        charges: How many of them charge an account, by a round or by a noised statistic, from 0 to `size`.
         signature: Ed25519, over `text()`, 64 bytes.
 
     Raises:
@@ -64,14 +64,14 @@ class Checkpoint:
     ledger: str
     size: int
     root: bytes
-    reserved: int
+    charges: int
     signature: bytes
 
     def __post_init__(self) -> None:
         faults = {
             "the ledger's id is not 32 hexadecimal digits": not LEDGER_ID.fullmatch(self.ledger),
             f"the size {self.size} is not from 0 to 2^53 - 1": not 0 <= self.size <= MOST_RECORDS,
-            f"{self.reserved} of {self.size} records reserve a round": not 0 <= self.reserved <= self.size,
+            f"{self.charges} of {self.size} records charge an account": not 0 <= self.charges <= self.size,
             f"the root has {len(self.root)} bytes, not {HASH_BYTES}": len(self.root) != HASH_BYTES,
             f"the signature has {len(self.signature)} bytes, not {SIGNATURE_BYTES}": len(self.signature)
             != SIGNATURE_BYTES,
@@ -80,10 +80,10 @@ class Checkpoint:
             raise MessageError(f"A checkpoint cannot be used: {'; '.join(found)}. Ask its site for another.")
 
     @classmethod
-    def sign(cls, ledger: str, size: int, root: bytes, reserved: int, identity: Identity) -> Self:
+    def sign(cls, ledger: str, size: int, root: bytes, charges: int, identity: Identity) -> Self:
         """Return the checkpoint of a ledger, signed by `identity`. The same values always give the same bytes."""
-        signature = identity.sign(_text(ledger, size, root, reserved))
-        return cls(ledger=ledger, size=size, root=root, reserved=reserved, signature=signature)
+        signature = identity.sign(_text(ledger, size, root, charges))
+        return cls(ledger=ledger, size=size, root=root, charges=charges, signature=signature)
 
     @property
     def origin(self) -> str:
@@ -92,7 +92,7 @@ class Checkpoint:
 
     def text(self) -> bytes:
         """Return the body of the note, which is what is signed."""
-        return _text(self.ledger, self.size, self.root, self.reserved)
+        return _text(self.ledger, self.size, self.root, self.charges)
 
     def verify(self, key: bytes) -> None:
         """Return if the holder of `key`, 32 bytes, signed this checkpoint.
@@ -113,8 +113,8 @@ class Checkpoint:
 
     def short(self) -> str:
         """Return the form that travels: 172 printable characters."""
-        size, reserved = (count.to_bytes(_COUNT_BYTES) for count in (self.size, self.reserved))
-        return base64.b64encode(bytes.fromhex(self.ledger) + size + self.root + reserved + self.signature).decode()
+        size, charges = (count.to_bytes(_COUNT_BYTES) for count in (self.size, self.charges))
+        return base64.b64encode(bytes.fromhex(self.ledger) + size + self.root + charges + self.signature).decode()
 
 
 def read_note(text: str, key: bytes | None = None) -> Checkpoint:
@@ -138,7 +138,7 @@ def read_note(text: str, key: bytes | None = None) -> Checkpoint:
         ledger=found["ledger"],
         size=int(found["size"]),
         root=_decoded(found["root"]),
-        reserved=int(found["reserved"]),
+        charges=int(found["charges"]),
         signature=signed[_KEY_ID_BYTES:],
     )
     if key is not None:
@@ -167,13 +167,13 @@ def read_short(text: str) -> Checkpoint:
         ledger=ledger.hex(),
         size=int.from_bytes(size),
         root=root,
-        reserved=int.from_bytes(rest[:_COUNT_BYTES]),
+        charges=int.from_bytes(rest[:_COUNT_BYTES]),
         signature=rest[_COUNT_BYTES:],
     )
 
 
-def _text(ledger: str, size: int, root: bytes, reserved: int) -> bytes:
-    return f"{_ORIGIN}{ledger}\n{size}\n{base64.b64encode(root).decode()}\nreserved {reserved}\n".encode()
+def _text(ledger: str, size: int, root: bytes, charges: int) -> bytes:
+    return f"{_ORIGIN}{ledger}\n{size}\n{base64.b64encode(root).decode()}\ncharges {charges}\n".encode()
 
 
 def _key_id(name: str, key: bytes) -> bytes:

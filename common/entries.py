@@ -1,7 +1,7 @@
 """What a site's ledger records: one kind of entry per event, each with one spelling as a line of canonical JSON.
 
 An entry says what happened or was decided; whether it may stand where it stands is asked in `common/ledger`. On its line
-it is stamped with its number, the digest of the line before it, and its time:
+it is stamped with its number, the digest of the line before it, and a time:
 
     {"format": "confide-ledger/1", "seq": 7, "prev": "sha256:…", "at": "2026-11-23T02:40:00Z", "kind": "bind", …}
 
@@ -108,7 +108,9 @@ _ACCOUNTS = _several(_ACCOUNT, 1000)
 _SPENT = _several(_real(), 1000, distinct=False)
 _KEYS = _several(_KEY, 100)
 _COUNT = _whole(1, 10**9)
+_WORDS = _several(_NAME, 100)
 _EPSILON, _DELTA, _RATE, _POSITIVE = _real(100.0), _real(below=1.0), _real(1.0), _real()
+_NOISE = _form(float, f"0, or {_POSITIVE.says}", lambda value: value == 0 or _POSITIVE.holds(value))
 _UNTIL = _form(str, "a time as in 2026-11-23T02:40:00Z", lambda value: _is_time(value))  # noqa: PLW0108  defined below
 _NO_TUPLE: Final[tuple[()]] = ()
 
@@ -146,8 +148,10 @@ class PolicyInForce:
         plan_delta: Of that.
         approvals_needed: How many of the approvers must approve a plan, from 1.
         approvers: Their Ed25519 public keys, 64 hexadecimal digits each.
+        most_days: For how many days an approval may hold.
         renewal_days: How many days an account's period lasts at least; 0 if none is ever renewed.
         most_renewals: How often an account may be renewed.
+        release_noise: The smallest noise multiplier that a statistic is released with; 0 if none is.
         words: What is allowed although it weakens a guarantee, by its words.
     """
 
@@ -159,9 +163,11 @@ class PolicyInForce:
     plan_delta: float = _field(_DELTA)
     approvals_needed: int = _field(_whole(1, 100))
     approvers: tuple[str, ...] = _field(_KEYS)
+    most_days: int = _field(_whole(1, 10**7))
     renewal_days: int = _field(_whole(0, 100_000))
     most_renewals: int = _field(_whole(0, 10**6))
-    words: tuple[str, ...] = _field(_several(_NAME, 100))
+    release_noise: float = _field(_NOISE)
+    words: tuple[str, ...] = _field(_WORDS)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -334,11 +340,13 @@ class Started:
     Attributes:
         process: Drawn at random by the agent, 32 hexadecimal digits.
         software: What it runs, with its version.
+        words: What weakens it, by its words, such as keys that no passphrase protects.
     """
 
     kind: ClassVar[str] = "start"
     process: str = _field(_ID)
     software: str = _field(_NAME)
+    words: tuple[str, ...] = _field(_WORDS, default=_NO_TUPLE)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -352,6 +360,7 @@ class Reserve:
         run: The run's name.
         plan: The plan's digest.
         data: The data set.
+        version: The version of it that is trained on.
         round: From 1.
         sampling_rate: q.
         noise_multiplier: σ.
@@ -369,6 +378,7 @@ class Reserve:
     run: str = _field(_NAME)
     plan: str = _field(_DIGEST)
     data: str = _field(_NAME)
+    version: int = _field(_COUNT)
     round: int = _field(_COUNT)
     sampling_rate: float = _field(_RATE)
     noise_multiplier: float = _field(_POSITIVE)

@@ -76,7 +76,7 @@ _PLAIN: Final = (
     "policy",
     "recoveries",
     "recovery",
-    "reserved",
+    "charges",
     "last",
 )  # of a book's attributes
 
@@ -89,7 +89,7 @@ class Account:
         account: Its number.
         filter: Of the period it is in: limit, order, what is spent, used and left.
         period: From 1; each renewal begins the next.
-        began: When the period began, in seconds since 1970, UTC.
+        began: When the period began, or the ledger was recovered in it, in seconds since 1970, UTC.
         closed: The filters of all earlier periods as they were left.
         incomplete: Whether a lost ledger may hold more than is counted here; the period it was lost in counts as spent.
     """
@@ -179,7 +179,7 @@ class Book:
         policy: The policy in force, or None.
         recoveries: How often the ledger was recovered.
         recovery: The id of the last of these, or empty.
-        reserved: How many of the records reserve a round, whatever became of it.
+        charges: How many of the records charge an account, by a round, whatever became of it, or by a noised statistic.
         last: The last record's entry, or None.
     """
 
@@ -193,7 +193,7 @@ class Book:
         self.policy: PolicyInForce | None = None
         self.recoveries = 0
         self.recovery = ""
-        self.reserved = 0
+        self.charges = 0
         self.last: Entry | None = None
         self._tree = Tree()
         self._accounts: dict[str, Account] = {}
@@ -205,6 +205,7 @@ class Book:
         self._last_round: dict[str, int] = {}  # the last that was reserved of each run
         self._releases: dict[int, tuple[Release, tuple[int, ...]]] = {}
         self._drawn: dict[str, bool] = {}  # by agents and recoveries, each once
+        self._ended_runs: dict[str, bool] = {}  # by a recovery: what was trained of them is not known
         # What a change replaced, so that it can be undone: table, key, value before. None while nothing is on trial.
         self._replaced: list[tuple[dict[Any, Any], Any, Any]] | None = None
 
@@ -424,7 +425,7 @@ class Book:
         """Return if a checkpoint stands for exactly these records and is signed by the key in force.
 
         Raises:
-            LedgerError: It is another ledger's, of another size, has another root or another number of reserved rounds, or is
+            LedgerError: It is another ledger's, of another size, has another root or another number of charges, or is
                 not signed by the key.
         """
         if checkpoint.ledger != self.ledger:
@@ -454,10 +455,10 @@ class Book:
                 f"The checkpoint at record {self.size} is not signed by the ledger's key {self.key.hex()[:16]}…. Whoever made "
                 f"it is not the site. {_REMEDY}"
             ) from None
-        if checkpoint.reserved != self.reserved:
+        if checkpoint.charges != self.charges:
             raise LedgerError(
-                f"Of the ledger's {self.size} records {self.reserved} reserve a round, and its checkpoint says "
-                f"{checkpoint.reserved}: the site signed what its records do not say. {_REMEDY}"
+                f"Of the ledger's {self.size} records {self.charges} charge an account, and its checkpoint says "
+                f"{checkpoint.charges}: the site signed what its records do not say. {_REMEDY}"
             )
 
     @contextlib.contextmanager
@@ -576,8 +577,20 @@ class Book:
                 f"{policy.plan_epsilon:g} at {policy.plan_delta:g}. Ask for a smaller plan, or change the policy.",
                 "plan-privacy",
             )
-        if utc_seconds(entry.expires) <= at:
+        remaining_s = utc_seconds(entry.expires) - at
+        if remaining_s <= 0:
             raise Refused(f"The approval ends at {entry.expires}, which is over. Approve it until later.", "approval")
+        if remaining_s > (policy.most_days + 1) * _DAY_S:  # a clock may be set back a little
+            raise Refused(
+                f"The approval would hold until {entry.expires}; the policy allows {policy.most_days} days. Approve it for fewer.",
+                "approval",
+            )
+        if entry.run in self._ended_runs:
+            raise Refused(
+                f"The run {entry.run!r} was begun or approved before this ledger was lost, and which of its rounds were trained is "
+                "not known. Ask its coordinator to sign the plan for another run.",
+                "approval",
+            )
         self._signed_here(entry, "approval")
         for standings in self._approvals.values():
             for other in (standing.approval for standing in standings if not standing.revoked):
@@ -608,13 +621,19 @@ class Book:
         self._put(self._drawn, entry.process, True)
 
     def _reserve(self, entry: Reserve, at: int, tolerance: float) -> Reserve:
-        policy, accounts = self._need_policy(), self.data_set(entry.data).accounts
+        policy, data = self._need_policy(), self.data_set(entry.data)
         approval = self.in_force(entry.plan, entry.run, entry.data, at)
         if approval is None:
             raise Refused(
                 f"Too few approvals of the run {entry.run!r} on the data set {entry.data!r} are in force for this plan; the "
                 f"policy needs {policy.approvals_needed}. Approve it: confide site plan approve",
                 "approval",
+            )
+        if entry.version != data.version:
+            raise Refused(
+                f"Version {entry.version} of the data set {entry.data!r} would be trained on; it is at version {data.version}, from "
+                "which somebody may have withdrawn. Load its rows again.",
+                "data",
             )
         approved = (
             approval.sampling_rate,
@@ -640,6 +659,14 @@ class Book:
                 f"The sum would be {entry.roster!r}, which hides no site's vector, and the policy's words do not allow it.",
                 "federation",
             )
+        known = self._federations.get(approval.federation)
+        pinned = "" if known is None else known.roster
+        if approval.federation and not entry.roster.startswith("insecure_") and entry.roster != pinned:
+            raise Refused(
+                f"The sum would be under the roster {entry.roster[:23]}…, and the newest on record of {approval.federation!r} is "
+                f"{pinned[:23] or 'none'}…. Join with the newest roster: confide site join",
+                "federation",
+            )
         if entry.round > approval.rounds:
             raise Refused(f"Round {entry.round} was offered; the plan has {approval.rounds} rounds.", "rounds")
         newest = self._last_round.get(entry.run, 0)
@@ -649,6 +676,7 @@ class Book:
                 "once, and rounds do not go back.",
                 "rounds",
             )
+        accounts = data.accounts
         spent = self._charge(accounts, entry, entry.spend(), tolerance)
         if not (entry.accounts and entry.spent):
             entry = dataclasses.replace(entry, accounts=accounts, spent=spent)
@@ -659,16 +687,24 @@ class Book:
             self._put(self._rounds, entry.run, rounds)
         self._put(rounds, entry.round, Round(reserve=entry, state=RESERVED, at=at, periods=periods))
         self._put(self._last_round, entry.run, entry.round)
-        self.reserved += 1
+        self.charges += 1
         return entry
 
     def _release(self, entry: Release, tolerance: float) -> Release:
-        accounts = self.data_set(entry.data).accounts
+        policy, accounts = self._need_policy(), self.data_set(entry.data).accounts
+        if not policy.release_noise or entry.noise_multiplier < policy.release_noise:
+            due = f"at least {policy.release_noise:g}" if policy.release_noise else "that none is released"
+            raise Refused(
+                f"{entry.what!r} was to be released with a noise multiplier of {entry.noise_multiplier:g}; the policy's rule is "
+                f"{due}. Release it with more noise, or change the policy.",
+                "noise",
+            )
         spent = self._charge(accounts, entry, entry.spend(), tolerance)
         if not (entry.accounts and entry.spent):
             entry = dataclasses.replace(entry, accounts=accounts, spent=spent)
         periods = tuple(self._accounts[account].period for account in accounts)
         self._put(self._releases, self.size + 1, (entry, periods))
+        self.charges += 1
         return entry
 
     def _charge(
@@ -792,12 +828,15 @@ class Book:
         self.recoveries += 1
         self.recovery = entry.recovery
         for name, account in list(self._accounts.items()):
-            spent = dataclasses.replace(account, filter=account.filter.exhausted(), incomplete=True)
+            # When its period truly began may have been lost as well.
+            spent = dataclasses.replace(account, filter=account.filter.exhausted(), began=at, incomplete=True)
             self._put(self._accounts, name, spent)
         for rounds in self._rounds.values():
             for known in list(rounds.values()):
                 if known.state in {RESERVED, BOUND}:
                     self._change(known, state=CLOSED)
+        for run in (*self._rounds, *(run for _, run, _ in self._approvals)):
+            self._put(self._ended_runs, run, True)
         for key in self._approvals:
             self._revoke_all(key)
         for data in self._states:

@@ -3,14 +3,13 @@
 A site that is set back to an old copy of its ledger has forgotten what it spent. The ledger alone does not show it, but
 the server and the other sites can tell: each keeps a witness, and each sees every site's checkpoint when a round begins.
 
-Neither records nor reserved rounds ever become fewer. The rounds are asked for because a ledger that was set back soon
-grows beyond what was seen of it by records that cost nothing, such as an agent's starts; but it reserves no round before
-its checkpoint was accepted.
+Neither records nor charges, which are the rounds charges and the statistics released, ever become fewer. Charges are asked
+for because a ledger that was set back soon grows beyond what was seen of it by records that cost nothing, such as an
+agent's starts; but it reserves no round before its checkpoint was accepted.
 
 What stays open: a witness sees two numbers and a root, so it cannot tell whether a larger ledger continues the smaller one
-it saw before. One that was set back and then reserved as many rounds as were seen of it where other witnesses look, such
-as in another federation, is accepted here. That it is another one is shown by `common.merkle.verify_consistency`, or by its
-export. A noised statistic is no round, so one that was forgotten does not show here either.
+it saw before. One that was set back and then charged as often as was seen of it where other witnesses look, such as in
+another federation, is accepted here. That it is another one is shown by `common.merkle.verify_consistency`, or by its export.
 """
 
 import dataclasses
@@ -72,11 +71,11 @@ class Witness:
 
         Raises:
             Refused: It is missing, malformed, not signed by the site, of another ledger than before, has fewer records or
-                fewer reserved rounds than the last one seen, or as many records with another root or other reserved rounds;
+                fewer charges than the last one seen, or as many records with another root or other charges;
                 the rule is `ledger`.
             LedgerError: It could not be written, and is not remembered.
 
-        Guarantee: of one ledger never two roots at one size, a smaller size or fewer reserved rounds are accepted after what
+        Guarantee: of one ledger never two roots at one size, a smaller size or fewer charges are accepted after what
         was seen, but for what the admins had forgotten in between.
         """
         return self.see_all(federation, {site: (key, short)})[site]
@@ -174,14 +173,14 @@ class Witness:
                 f"The ledger of {whose} has {last.size} records with the root {checkpoint.root.hex()}; with as many it had "
                 f"the root {last.root.hex()} before. There are two of it: find out which one counted every spend."
             )
-        if last and checkpoint.size == last.size and checkpoint.reserved != last.reserved:
+        if last and checkpoint.size == last.size and checkpoint.charges != last.charges:
             raise _refused(
-                f"The ledger of {whose} has {last.size} records, of which {checkpoint.reserved} reserve a round; of as many it "
-                f"were {last.reserved} before. There are two of it: find out which one counted every spend."
+                f"The ledger of {whose} has {last.size} records, of which {checkpoint.charges} charge an account; of as many it "
+                f"were {last.charges} before. There are two of it: find out which one counted every spend."
             )
-        if last and checkpoint.reserved < last.reserved:
+        if last and checkpoint.charges < last.charges:
             raise _refused(
-                f"The ledger of {whose} has {checkpoint.reserved} reserved rounds; it had {last.reserved} when it was last seen. "
+                f"The ledger of {whose} has {checkpoint.charges} charges; it had {last.charges} when it was last seen. "
                 "An old copy was put in its place and has grown since: put the newest back. If it is lost, recover the ledger, "
                 "and the admins must say so."
             )

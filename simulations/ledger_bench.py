@@ -523,8 +523,10 @@ def _approved(ledger: str, steward: Identity) -> Iterator[Entry]:
         plan_delta=delta,
         approvals_needed=1,
         approvers=(key,),
+        most_days=10**7,
         renewal_days=0,
         most_renewals=0,
+        release_noise=0.0,
         words=(),
     )
     yield AccountOpened(account="1", epsilon=epsilon, delta=delta, order=_BUDGET.order)
@@ -545,7 +547,7 @@ def _approved(ledger: str, steward: Identity) -> Iterator[Entry]:
             plan=reserve.plan,
             name="bench",
             run=reserve.run,
-            federation=_SITE,
+            federation="",
             data=_DATA,
             epsilon=epsilon,
             delta=delta,
@@ -578,6 +580,7 @@ def _reserve(run: int, number: int) -> Reserve:
         run=f"run {run}",
         plan=sha256(f"plan {run}".encode()),
         data=_DATA,
+        version=1,
         round=number,
         sampling_rate=0.001,
         noise_multiplier=4.0 + run / 1000,

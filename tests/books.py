@@ -16,6 +16,7 @@ from confide.common.entries import (
     Commit,
     DataSet,
     Entry,
+    Federation,
     Genesis,
     Mask,
     PolicyInForce,
@@ -61,8 +62,10 @@ def policy(**changes: Any) -> PolicyInForce:
         "plan_delta": 1e-5,
         "approvals_needed": 1,
         "approvers": (STEWARD.public.hex(), SECOND.public.hex()),
+        "most_days": 10**6,
         "renewal_days": 365,
         "most_renewals": 2,
+        "release_noise": 1.0,
         "words": (SEEDED,),
     }
     return PolicyInForce(**fields | changes)
@@ -89,14 +92,14 @@ def data_set(**changes: Any) -> DataSet:
 
 
 def approval(approver: Identity = STEWARD, *, ledger: str = LEDGER, **changes: Any) -> Approval:
-    """An approval of 40 rounds of 4 steps each, signed."""
+    """An approval of 40 rounds of 4 steps each in no federation, as in a simulation; signed."""
     fields: dict[str, Any] = {
         "ledger": ledger,
         "recovery": "",
         "plan": PLAN,
         "name": "heart",
         "run": RUN,
-        "federation": "Heart 2030",
+        "federation": "",
         "data": DATA,
         "epsilon": 8.0,
         "delta": 1e-5,
@@ -119,6 +122,7 @@ def reserve(number: int = 1, **changes: Any) -> Reserve:
         "run": RUN,
         "plan": PLAN,
         "data": DATA,
+        "version": 1,
         "round": number,
         "sampling_rate": 0.1,
         "noise_multiplier": 2.0,
@@ -149,6 +153,11 @@ def bind(number: int = 1, digits: str = "11") -> Bind:
     return Bind(run=RUN, round=number, commitment="sha256:" + digits * 32)
 
 
+def federation(**changes: Any) -> Federation:
+    fields: dict[str, Any] = {"federation": "Heart 2030", "epoch": 1, "roster": ROSTER, "admins": ()}
+    return Federation(**fields | changes)
+
+
 def mask(number: int = 1, attempt: int = 1) -> Mask:
     return Mask(run=RUN, round=number, attempt=attempt, digest="sha256:" + "22" * 32)
 
@@ -173,7 +182,7 @@ def a_round(number: int) -> list[Entry]:
 
 
 def signed(book: Book, identity: Identity = SITE) -> Checkpoint:
-    return Checkpoint.sign(book.ledger, book.size, book.root, book.reserved, identity)
+    return Checkpoint.sign(book.ledger, book.size, book.root, book.charges, identity)
 
 
 def begun(path: Path | None = None, clock: Clock | None = None, **changes: Any) -> Journal:

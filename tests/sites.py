@@ -39,7 +39,7 @@ ADMIN, COORDINATOR = (Identity(bytes([number]) * 32) for number in (101, 102))
 PASSPHRASE = "correct horse battery staple"
 OTHERS = {f"site-{number}": Identity(bytes([number]) * 32).public for number in (103, 104, 105)}
 DIGEST = "sha256:" + "12345678" * 8
-START, ROSTER = ("sha256:" + digits * 32 for digits in ("b2", "c3"))
+START = "sha256:" + "b2" * 32
 
 
 def plan_text(**settings: object) -> str:
@@ -136,6 +136,7 @@ class Site:
                         run=run_name,
                         plan=approval.plan,
                         data=approval.data,
+                        version=1,
                         round=number,
                         sampling_rate=mechanism.sampling_rate,
                         noise_multiplier=mechanism.noise_multiplier,
@@ -144,7 +145,7 @@ class Site:
                         divisor=mechanism.divisor,
                         noise="cryptographic",
                         start=START,
-                        roster=ROSTER,
+                        roster=journal.book.federations[FEDERATION].roster,
                     ),
                     Bind(run=run_name, round=number, commitment=START),
                     Commit(run=run_name, round=number, evidence=""),

@@ -15,7 +15,7 @@ from confide.client.terminal import spent
 from confide.common import plan as plans
 from confide.common.accounting import planned_cost
 from confide.common.crypto import Identity
-from confide.common.entries import AccountOpened, Approval, DataSet, Genesis, Reserve, utc_text
+from confide.common.entries import AccountOpened, Approval, DataSet, Federation, Genesis, Reserve, utc_text
 from confide.common.errors import LedgerError, Refused
 from confide.common.filter import best_order
 from confide.common.ledger import Book, Standing
@@ -275,6 +275,7 @@ def begun(found: Policy) -> Book:
         ),
         NOW,
     )
+    book.record(Federation(federation="heart-2030", epoch=1, roster=DIGEST, admins=()), NOW)
     return book
 
 
@@ -287,6 +288,7 @@ def reserve(approval: Approval, number: int, run: str = "heart-1") -> Reserve:
         run=run,
         plan=approval.plan,
         data=approval.data,
+        version=1,
         round=number,
         sampling_rate=approval.sampling_rate,
         noise_multiplier=approval.noise_multiplier,

@@ -521,7 +521,7 @@ print(trainer.process, flush=True)
     assert gone(int(done.stdout))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(body=st.binary(max_size=200) | st.sampled_from([b'{"kind":"step","begun":1}', b"[]", b"NaN", b'{"kind":[]}']))
 def test_what_is_no_message_is_refused_whatever_it_is(body: bytes) -> None:
     with pytest.raises(MessageError, match="no message"):

@@ -82,7 +82,7 @@ def test_what_was_appended_is_there_when_the_file_is_opened_again(tmp_path: Path
     assert again.book.size == journal.book.size == 10
     assert (again.book.root, again.book.head) == (journal.book.root, journal.book.head)
     assert again.checkpoint() == journal.checkpoint()
-    assert again.checkpoint().reserved == again.book.reserved == 2
+    assert again.checkpoint().charges == again.book.charges == 2
     assert {number: known.state for number, known in again.book.rounds(RUN).items()} == {1: COMMITTED, 2: RESERVED}
     assert again.book.rounds(RUN)[2].reserve == recorded[-1]
     assert isinstance(recorded[0], Reserve)
@@ -173,14 +173,14 @@ def test_what_a_rule_forbids_is_not_recorded_and_neither_is_what_came_with_it(tm
     journal = begun(path)
     was = (journal.book.size, journal.book.root, journal.book.accounts["1"], journal.checkpoint())
 
-    assert journal.book.reserved == 0
+    assert journal.book.charges == 0
     for entries in ((reserve(1), bind(1), reserve(41)), (reserve(1), bind(2)), (approval(),)):
         with pytest.raises(Refused):
             journal.append(*entries)
 
     assert (journal.book.size, journal.book.root, journal.book.accounts["1"], journal.checkpoint()) == was
     assert journal.book.rounds(RUN) == {}
-    assert journal.book.reserved == 0
+    assert journal.book.charges == 0
     journal.append(reserve(1))
     assert opened(path).book.root == journal.book.root
 
@@ -193,7 +193,20 @@ def test_a_seeded_simulations_repetition_is_not_recorded_again() -> None:
     assert journal.append(reserve(1, noise=SEEDED)) == ()
 
     assert journal.book.root == before
-    assert journal.book.reserved == journal.checkpoint().reserved == 1
+    assert journal.book.charges == journal.checkpoint().charges == 1
+
+
+def test_how_long_a_training_took_is_in_no_record(tmp_path: Path) -> None:
+    clock = Clock()
+    journal = begun(tmp_path / "ledger.db", clock)
+
+    times = list[int]()
+    for entry in (reserve(1), bind(1), mask(1), commit(1), reserve(2), Forfeit(run=RUN, round=2, reason="Killed.")):
+        journal.append(entry)
+        times.append(journal.book.at - int(NOW))
+        clock.now += 37
+
+    assert times == [0, 0, 0, 111, 148, 148]
 
 
 def test_a_clock_that_goes_back_never_makes_the_ledgers_time_go_back(tmp_path: Path) -> None:
@@ -892,14 +905,16 @@ def test_a_ledger_restored_from_an_export_gives_no_budget_until_it_is_renewed(tm
         "ledger": restored.book.ledger,
         "recovery": restored.book.recovery,
         "expires": "2029-01-01T00:00:00Z",
+        "run": "b",
     }
     restored.append(approval(**fresh), approval(**fresh, data="b"))
+    book = restored.book
     for data in (DATA, "b"):
         with pytest.raises(Refused, match="is not enough"):
-            restored.append(reserve(2, data=data))
+            restored.append(reserve(2, run="b", data=data, version=book.data_sets[data].version))
     clock.now += 366 * DAY_S
     restored.append(renewal(ledger=restored.book.ledger, recovery=restored.book.recovery))
-    restored.append(reserve(2))
+    restored.append(reserve(2, run="b", version=2))
     assert opened(tmp_path / "restored.db", clock=clock).book.root == restored.book.root
 
 

@@ -126,7 +126,7 @@ def test_cells_that_look_alike_when_joined_are_told_apart(first: dict[str, Cell]
     assert row_digest(KEY, "person", first) != row_digest(KEY, "person", second)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(strategies.lists(strategies.sampled_from(ROWS), min_size=1, max_size=12), strategies.randoms())
 def test_the_fingerprint_does_not_depend_on_the_order_of_rows(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, str]], random: object

@@ -391,7 +391,7 @@ def test_a_frame_that_comes_byte_by_byte_has_one_deadline_for_all_of_it(
     assert 0.4 < time.monotonic() - began < 0.05 * len(frame)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     magic=st.sampled_from([b"confide-postbox/1\n", b"confide-postbox/0\n"]),
     sizes=st.tuples(st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)),

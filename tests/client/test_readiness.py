@@ -87,8 +87,10 @@ def new_journal() -> Journal:
         plan_delta=1e-5,
         approvals_needed=1,
         approvers=(),
+        most_days=10**5,
         renewal_days=0,
         most_renewals=0,
+        release_noise=0.1,
         words=(),
     )
     journal.append(policy)
@@ -434,7 +436,7 @@ def test_a_task_without_labels_has_no_histogram(tmp_path: Path) -> None:
 PERSON = strategies.lists(strategies.sampled_from(LABELS), min_size=1, max_size=6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(strategies.lists(PERSON, min_size=1, max_size=5))
 def test_what_one_person_s_rows_can_change_has_an_l2_norm_of_at_most_1_before_noise(
     tmp_path_factory: pytest.TempPathFactory, persons: list[list[str]]

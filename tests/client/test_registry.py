@@ -44,8 +44,10 @@ def new_journal(path: Path | None = None) -> Journal:
             plan_delta=1e-5,
             approvals_needed=1,
             approvers=(APPROVER.public.hex(),),
+            most_days=10**5,
             renewal_days=0,
             most_renewals=0,
+            release_noise=0.1,
             words=(),
         )
     )
@@ -243,7 +245,7 @@ def test_another_site_s_secret_recognises_nobody(journal: Journal, tmp_path: Pat
 TABLES = strategies.lists(strategies.frozensets(strategies.integers(0, 12), min_size=1), min_size=1, max_size=6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(TABLES, strategies.lists(strategies.sampled_from(["a", "b", "c"]), min_size=6, max_size=6))
 def test_every_person_s_account_is_charged_whatever_the_data_set_is_called(
     tmp_path_factory: pytest.TempPathFactory, tables: list[frozenset[int]], names: list[str]
@@ -627,6 +629,7 @@ def test_a_round_is_charged_to_every_account_of_the_data_set(
             run="run-1",
             plan="sha256:" + "1" * 64,
             data="merged",
+            version=1,
             round=1,
             sampling_rate=0.1,
             noise_multiplier=2.0,

@@ -165,7 +165,7 @@ def test_after_a_loss_an_account_has_nothing_left_and_may_have_spent_more() -> N
     steps=strategies.integers(1, 50),
     before=strategies.integers(0, 5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_as_many_rounds_as_fit_are_let_through_and_nearly_no_more(
     epsilon: float, rate: float, noise: float, steps: int, before: int
 ) -> None:

@@ -334,7 +334,7 @@ def well_formed(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, bytes]
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=strategies.data())
 def test_a_damaged_file_is_read_or_refused_and_never_shown(
     well_formed: Mapping[str, bytes], tmp_path_factory: pytest.TempPathFactory, data: strategies.DataObject

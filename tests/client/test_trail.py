@@ -112,7 +112,7 @@ def test_the_first_damaged_line_is_named(
         verify_trail(tmp_path)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_byte_can_be_changed_unseen_but_in_the_last_line(tmp_path: Path, data: st.DataObject) -> None:
     folder = tmp_path / "log"
@@ -266,7 +266,7 @@ def test_long_text_is_cut_and_shows_it(tmp_path: Path) -> None:
     assert verify_trail(tmp_path).last == 1
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.text(st.characters(codec=None), max_size=50), number=st.integers(-(2**62), 2**62), share=st.floats(-1, 1)
 )

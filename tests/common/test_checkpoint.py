@@ -62,7 +62,7 @@ def test_a_note_is_one_that_other_software_opens() -> None:
     text = plain_open(NOTE, verifier_of(CHECKPOINT, ANNA.public))
 
     origin, size, root, extension = text.splitlines()
-    assert (origin, size, extension) == (f"confide-ledger/{LEDGER}", "1204", "reserved 17")
+    assert (origin, size, extension) == (f"confide-ledger/{LEDGER}", "1204", "charges 17")
     assert base64.b64decode(root) == bytes(range(32))
 
 
@@ -88,7 +88,7 @@ def test_an_empty_ledger_has_a_checkpoint() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"ledger": "0e" * 16}, {"size": 1203}, {"root": bytes(32)}, {"reserved": 18}, {"signature": bytes(64)}],
+    [{"ledger": "0e" * 16}, {"size": 1203}, {"root": bytes(32)}, {"charges": 18}, {"signature": bytes(64)}],
 )
 def test_whatever_is_in_a_checkpoint_is_signed(change: dict[str, Any]) -> None:
     changed = dataclasses.replace(CHECKPOINT, **change)
@@ -119,8 +119,8 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "an id with a line break": {"ledger": "0f" * 16 + "\n"},
     "a negative size": {"size": -1},
     "a size beyond what JSON keeps": {"size": 2**53},
-    "a negative number of rounds": {"reserved": -1},
-    "more rounds than records": {"reserved": 1205},
+    "a negative number of rounds": {"charges": -1},
+    "more rounds than records": {"charges": 1205},
     "a short root": {"root": bytes(31)},
     "a short signature": {"signature": bytes(63)},
 }
@@ -146,13 +146,13 @@ NO_NOTES: dict[str, str] = {
     "digits of another script": NOTE.replace("1204", "١٢٠٤"),
     "too many records": NOTE.replace("1204", str(2**53)),
     "another extension line before": NOTE.replace(f"{ROOT}\n", f"{ROOT}\nmore\n"),
-    "another extension line behind": NOTE.replace("reserved 17\n", "reserved 17\nmore\n"),
-    "no extension line": NOTE.replace("reserved 17\n", ""),
-    "an extension line of another name": NOTE.replace("reserved 17", "rounds 17"),
-    "an extension line without a number": NOTE.replace("reserved 17", "reserved"),
-    "a leading zero of rounds": NOTE.replace("reserved 17", "reserved 017"),
-    "two spaces": NOTE.replace("reserved 17", "reserved  17"),
-    "more rounds than records": NOTE.replace("reserved 17", "reserved 1205"),
+    "another extension line behind": NOTE.replace("charges 17\n", "charges 17\nmore\n"),
+    "no extension line": NOTE.replace("charges 17\n", ""),
+    "an extension line of another name": NOTE.replace("charges 17", "rounds 17"),
+    "an extension line without a number": NOTE.replace("charges 17", "charges"),
+    "a leading zero of rounds": NOTE.replace("charges 17", "charges 017"),
+    "two spaces": NOTE.replace("charges 17", "charges  17"),
+    "more rounds than records": NOTE.replace("charges 17", "charges 1205"),
     "another name for the key": NOTE.replace(f"— confide-ledger/{LEDGER}", "— north"),
     "another ledger's name for the key": NOTE.replace(f"— confide-ledger/{LEDGER}", f"— confide-ledger/{'0e' * 16}"),
     "another origin": NOTE.replace("confide-ledger", "example.com"),

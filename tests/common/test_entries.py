@@ -194,14 +194,14 @@ def spelled_again(line: bytes) -> bytes | None:
     return None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(strategies.binary(max_size=200) | strategies.text(max_size=200).map(str.encode), strategies.integers(0, 700))
 def test_hostile_bytes_are_a_ledger_error_or_the_one_spelling_of_an_entry(raw: bytes, place: int) -> None:
     for line in (raw, RESERVED[:place] + raw + RESERVED[place + len(raw) :], RESERVED[:place] + raw + RESERVED[place:]):
         assert spelled_again(line) in {line, None}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     strategies.recursive(
         strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
@@ -280,7 +280,7 @@ def test_a_record_longer_than_the_limit_is_neither_written_nor_read() -> None:
         decode(b" " * (LARGEST_RECORD_BYTES + 1))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(strategies.integers(0, LATEST))
 def test_a_time_is_spelled_in_one_way(at: int) -> None:
     text = utc_text(at)
@@ -306,7 +306,7 @@ def test_a_time_before_1970_or_after_9999_has_no_spelling(at: Any) -> None:
                 "plan": ROSTER,
                 "name": "b",
                 "run": "b",
-                "federation": "",
+                "federation": "b",
                 "data": "b",
                 "epsilon": 1.0,
                 "delta": 1e-6,

@@ -63,6 +63,7 @@ from tests.books import (
     bind,
     commit,
     data_set,
+    federation,
     genesis,
     many,
     mask,
@@ -90,7 +91,7 @@ def test_a_book_tells_what_its_records_lead_to() -> None:
     assert book.at == NOW + 10
     assert book.head == f"sha256:{leaf_hash(lines[-1]).hex()}"
     assert book.last == bind(2)
-    assert book.reserved == 2
+    assert book.charges == 2
     assert book.policy == policy()
     assert book.data_set(DATA) == data_set()
     assert [standing.approval for standing in book.approvals] == [approval()]
@@ -116,7 +117,7 @@ def state(book: Book) -> tuple[object, ...]:
     """All that a book tells."""
     return (
         (book.size, book.head, book.root, book.at, book.ledger, book.site, book.key, book.policy),
-        (book.recoveries, book.reserved),
+        (book.recoveries, book.charges),
         (dict(book.accounts), dict(book.data_sets), dict(book.federations), book.approvals, book.releases, book.last),
         {run: (dict(book.rounds(run)), book.spends(run)) for run in book.runs},
         (book.lost_data_sets, book.charged("1")),
@@ -321,10 +322,47 @@ REFUSED: dict[str, tuple[Sequence[Entry], Entry, str, str]] = {
         "'b' is not registered",
     ),
     "a release beyond the budget": (
-        [],
+        [policy(release_noise=0.1)],
         Release(data=DATA, what="labels", noise_multiplier=0.1),
         "budget",
         "The account 1, in its period 1, is not enough",
+    ),
+    "a release with less noise than the policy's": (
+        [],
+        Release(data=DATA, what="labels", noise_multiplier=0.9),
+        "noise",
+        "a noise multiplier of 0.9; the policy's rule is at least 1",
+    ),
+    "a release where the policy has none": (
+        [policy(release_noise=0.0)],
+        Release(data=DATA, what="labels", noise_multiplier=50.0),
+        "noise",
+        "that none is released",
+    ),
+    "rows of an earlier version": (
+        [data_set(version=2, event="withdraw")],
+        reserve(version=1),
+        "data",
+        "it is at version 2, from which somebody may have withdrawn",
+    ),
+    "rows of a version to come": ([], reserve(version=2), "data", "it is at version 1"),
+    "an approval for longer than the policy allows": (
+        [policy(most_days=30)],
+        approval(nonce="8c" * 16),
+        "approval",
+        "the policy allows 30 days",
+    ),
+    "a sum in a federation without a roster on record": (
+        [policy(), approval(run="b", federation="Heart 2030")],
+        reserve(run="b"),
+        "federation",
+        "the newest on record of 'Heart 2030' is none",
+    ),
+    "a sum under an older roster": (
+        [approval(run="b", federation="Heart 2030"), federation(), federation(epoch=2, roster=START)],
+        reserve(run="b"),
+        "federation",
+        "Join with the newest roster",
     ),
     "a release that tells too little": (
         [],
@@ -429,12 +467,12 @@ def test_what_was_tried_together_is_taken_back_together() -> None:
 
 @pytest.mark.parametrize("recast", [{"person_id": "visit"}, {"ids": "visits of St. Anna"}])
 def test_a_table_in_which_others_are_the_persons_must_be_approved_anew(recast: dict[str, str]) -> None:
-    book, _ = written([*beginning(), data_set(version=2, event="change"), reserve(1)])
+    book, _ = written([*beginning(), data_set(version=2, event="change"), reserve(1, version=2)])
 
     book.record(data_set(version=3, event="change", **recast), LATER)
 
     with pytest.raises(Refused, match="Too few approvals"):
-        book.check(reserve(2), LATER)
+        book.check(reserve(2, version=3), LATER)
 
 
 def test_a_wider_policy_gives_an_account_no_more_than_it_was_opened_with() -> None:
@@ -506,7 +544,7 @@ def test_the_newest_approval_in_force_says_what_may_be_trained() -> None:
 def test_a_spend_must_fit_in_every_account_of_its_data_set_and_counts_in_each() -> None:
     small = account(2, epsilon=2.5)
     both = data_set(version=2, event="change", accounts=("1", "2"))
-    book = after(reserve(1), small, both, reserve(2))
+    book = after(reserve(1), small, both, reserve(2, version=2))
 
     first, second = (book.accounts[name].filter for name in ("1", "2"))
     assert first.spent == book.rounds(RUN)[2].reserve.spent[0] > second.spent == book.rounds(RUN)[2].reserve.spent[1]
@@ -514,10 +552,10 @@ def test_a_spend_must_fit_in_every_account_of_its_data_set_and_counts_in_each() 
     assert book.charged("2") == book.spends(RUN)[1:]
     number = 3
     while book.accounts["2"].left > book.rounds(RUN)[2].reserve.spent[1]:
-        book.record(reserve(number), LATER)
+        book.record(reserve(number, version=2), LATER)
         number += 1
     with pytest.raises(Refused, match="The account 2, in its period 1, is not enough"):
-        book.record(reserve(number), LATER)
+        book.record(reserve(number, version=2), LATER)
     assert first.epsilon > book.accounts["1"].used < 10
 
 
@@ -550,13 +588,13 @@ def test_a_table_that_comes_under_a_removed_ones_name_must_be_approved_anew() ->
         book.check(approval(), LATER)
     book.check(reserve(data="others"), LATER)
 
-    book.record(approval(expires="2027-01-02T00:00:00Z"), LATER)
-    book.check(reserve(), LATER)
+    book.record(approval(nonce="8c" * 16), LATER)
+    book.check(reserve(version=3), LATER)
 
 
 @pytest.mark.parametrize("event", ["change", "withdraw"])
 def test_another_version_of_a_data_set_is_still_approved(event: str) -> None:
-    after(data_set(version=2, event=event)).check(reserve(), LATER)
+    after(data_set(version=2, event=event)).check(reserve(version=2), LATER)
 
 
 def test_a_sum_that_hides_nothing_is_reserved_for_only_where_the_policy_has_its_word() -> None:
@@ -567,7 +605,7 @@ def test_a_sum_that_hides_nothing_is_reserved_for_only_where_the_policy_has_its_
         book.check(reserve(roster="insecure_plain_sum_too"), LATER)
 
 
-def test_reserved_rounds_are_counted_once_whatever_became_of_them() -> None:
+def test_charges_are_counted_once_whatever_became_of_them() -> None:
     book = after(
         *a_round(1),
         reserve(2),
@@ -580,8 +618,8 @@ def test_reserved_rounds_are_counted_once_whatever_became_of_them() -> None:
         RECOVERED,
     )
 
-    assert book.reserved == 4
-    assert [after(*entries).reserved for entries in ([], [reserve(1)], [reserve(1), bind(1)])] == [0, 1, 1]
+    assert book.charges == 5
+    assert [after(*entries).charges for entries in ([], [reserve(1)], [reserve(1), bind(1)])] == [0, 1, 1]
 
 
 def test_a_release_counts_as_one_step_on_everybody() -> None:
@@ -701,7 +739,7 @@ def test_a_ledger_that_was_lost_counts_as_fully_spent_until_renewed() -> None:
         (Refund(run=RUN, round=1, steps=4), "it is closed"),
         (bind(1), "it is closed"),
         (mask(2), "it is closed"),
-        (approval(recovery=RECOVERY), "was lost with the ledger"),
+        (approval(recovery=RECOVERY, run="b"), "was lost with the ledger"),
         (renewal(), "What was signed before a loss"),
     ]
     for entry, words in forbidden:
@@ -711,19 +749,43 @@ def test_a_ledger_that_was_lost_counts_as_fully_spent_until_renewed() -> None:
     book.record(account(2), LATER)
     for again in (
         data_set(version=2, accounts=("1", "2")),
-        approval(recovery=RECOVERY, expires="2029-01-01T00:00:00Z"),
+        approval(recovery=RECOVERY, expires="2029-01-01T00:00:00Z", run="b"),
     ):
         book.record(again, LATER)
+    later: dict[str, Any] = {"run": "b", "version": 2}
     tiny = Release(data=DATA, what="labels", noise_multiplier=1e6)
     for number, at in (("1", LATER), ("2", LATER + 365 * DAY_S)):
         assert book.accounts[number].left == 0
-        for spending in (reserve(3), tiny):
+        for spending in (reserve(3, **later), tiny):
             with pytest.raises(Refused, match=f"The account {number}, in its period 1, is not enough"):
                 book.check(spending, at)
         book.record(renewal(recovery=RECOVERY, account=number), LATER + 365 * DAY_S)
-    book.record(reserve(3), LATER + 365 * DAY_S)
+    book.record(reserve(3, **later), LATER + 365 * DAY_S)
     assert book.accounts["1"].total > 10
     assert book.accounts["2"].incomplete
+
+
+def test_a_run_that_a_lost_ledger_knew_is_not_gone_on_with_under_its_name() -> None:
+    again = data_set(version=2)
+    book = after(reserve(1), approval(run="only approved", nonce="8c" * 16), RECOVERED, again)
+
+    for run in (RUN, "only approved"):
+        with pytest.raises(Refused, match="Ask its coordinator to sign the plan for another run") as caught:
+            book.check(approval(recovery=RECOVERY, run=run), LATER)
+        assert caught.value.rule == "approval"
+
+    book.check(approval(recovery=RECOVERY, run="another"), LATER)
+
+
+def test_after_a_recovery_an_account_is_renewed_no_sooner_than_if_its_period_began_then() -> None:
+    book = after(reserve(1))
+    lost = NOW + 366 * DAY_S
+    book.record(RECOVERED, lost)
+
+    with pytest.raises(Refused, match="may be renewed 365 days after its period began"):
+        book.check(renewal(recovery=RECOVERY), lost + 365 * DAY_S - 1)
+
+    book.check(renewal(recovery=RECOVERY), lost + 365 * DAY_S)
 
 
 def test_what_was_signed_after_one_recovery_does_not_count_after_another_of_the_same_copy() -> None:
@@ -794,7 +856,7 @@ HAPPENINGS = strategies.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(HAPPENINGS, strategies.sampled_from([1.0, 2.0, 5.0]), strategies.sampled_from([0.7, 2.0, 40.0]))
 def test_ledger_epsilon_is_never_below_true_epsilon(
     happenings: list[tuple[str, int]], epsilon: float, noise: float
@@ -808,7 +870,7 @@ def test_ledger_epsilon_is_never_below_true_epsilon(
     ]
     entries.append(approval(noise_multiplier=noise, rounds=100, expires="2999-01-01T00:00:00Z"))
     book, lines = written(entries)
-    at, truth, open_budget = LATER, Fraction(0), True
+    at, truth, open_budget, run, version = LATER, Fraction(0), True, RUN, 1
     for number, (kind, amount) in enumerate(happenings, start=1):
         before = book.accounts["1"].filter.spent
         try:
@@ -822,21 +884,25 @@ def test_ledger_epsilon_is_never_below_true_epsilon(
                 truth, open_budget = Fraction(0), True
             elif kind == "recover":
                 lines.append(book.record(dataclasses.replace(RECOVERED, recovery=f"{number:032x}"), at))
-                open_budget = False
-                version = book.data_sets[DATA].version + 1
+                open_budget, run, version = False, f"run {number}", version + 1
                 again = approval(
-                    noise_multiplier=noise, rounds=100, recovery=book.recovery, expires="2999-01-01T00:00:00Z"
+                    run=run,
+                    noise_multiplier=noise,
+                    rounds=100,
+                    recovery=book.recovery,
+                    expires="2999-01-01T00:00:00Z",
                 )
                 lines += [book.record(entry, at) for entry in (data_set(version=version), again)]
             else:
-                lines.append(book.record(reserve(number, noise_multiplier=noise), at))
+                lines.append(book.record(reserve(number, run=run, version=version, noise_multiplier=noise), at))
                 assert open_budget
                 steps = amount if kind == "trained, given back" else 4
                 truth += steps * Fraction(float(renyi_divergence(0.1, noise)[RDP_ORDERS.index(16)]))
                 if steps < 4:
-                    lines.append(book.record(Refund(run=RUN, round=number, steps=4 - steps), at))
+                    lines.append(book.record(Refund(run=run, round=number, steps=4 - steps), at))
                 elif amount:
-                    lines += [book.record(entry, at) for entry in (bind(number), mask(number), commit(number))]
+                    ended = (bind(number), mask(number), commit(number))
+                    lines += [book.record(dataclasses.replace(entry, run=run), at) for entry in ended]
             if kind in {"release", "round"}:
                 assert book.accounts["1"].filter.spent > before  # no spend is lost in rounding
         except Refused:
@@ -849,7 +915,7 @@ def test_ledger_epsilon_is_never_below_true_epsilon(
     assert state(verify(lines, signed(book))) == state(book)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     strategies.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True),
     strategies.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True),
@@ -1022,14 +1088,14 @@ def test_a_checkpoint_of_another_ledger_or_key_is_refused() -> None:
     book, lines = SMALL
 
     with pytest.raises(LedgerError, match="The checkpoint is of the ledger 1111"):
-        verify(lines, Checkpoint.sign("1" * 32, book.size, book.root, book.reserved, SITE))
+        verify(lines, Checkpoint.sign("1" * 32, book.size, book.root, book.charges, SITE))
     with pytest.raises(LedgerError, match="is not signed by the ledger's key"):
         verify(lines, signed(book, STRANGER))
     with pytest.raises(LedgerError, match="stands for 0"):
         verify(lines, Checkpoint.sign(LEDGER, 0, book.root, 0, SITE))
-    for reserved in (0, book.reserved - 1, book.reserved + 1):
-        checkpoint = Checkpoint.sign(LEDGER, book.size, book.root, reserved, SITE)
-        with pytest.raises(LedgerError, match=f"11 records 2 reserve a round, and its checkpoint says {reserved}"):
+    for charges in (0, book.charges - 1, book.charges + 1):
+        checkpoint = Checkpoint.sign(LEDGER, book.size, book.root, charges, SITE)
+        with pytest.raises(LedgerError, match=f"11 records 2 charge an account, and its checkpoint says {charges}"):
             verify(lines, checkpoint)
 
 
@@ -1070,8 +1136,8 @@ def test_a_spend_from_the_book_is_the_one_that_accountants_count() -> None:
 
 
 def test_a_run_of_one_name_is_approved_in_one_federation_only() -> None:
-    book, _ = written(beginning())
-    other = approval(federation="Lung 2031", plan="sha256:" + "9" * 64)
+    book = after(approval(run="b", federation="Heart 2030"))
+    other = approval(run="b", federation="Lung 2031", plan="sha256:" + "9" * 64)
 
     with pytest.raises(Refused, match="must call its own differently") as refused:
         book.check(other, book.at)

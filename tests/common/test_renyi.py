@@ -58,7 +58,7 @@ def test_the_librarys_divergences_are_ours_at_every_order() -> None:
         assert (ours >= theirs - 1e-15).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     strategies.floats(0.001, 1), strategies.floats(0.5, 50), strategies.integers(1, 500), strategies.integers(1, 500)
 )

@@ -37,7 +37,7 @@ def test_the_masked_sum_is_the_integer_sum(count: int, bits: int) -> None:
     assert server.suspects == ()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(strategies.data())
 def test_the_masked_sum_is_the_integer_sum_of_the_survivors_whoever_drops_out_where(
     data: strategies.DataObject,

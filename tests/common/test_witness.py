@@ -20,12 +20,12 @@ ONE, OTHER = "01" * 16, "02" * 16
 HEART = "Heart 2030"
 
 
-def short(size: int, root: int = 0, ledger: str = ONE, identity: Identity = ANNA, reserved: int = 0) -> str:
-    return Checkpoint.sign(ledger, size, bytes([root]) * 32, reserved, identity).short()
+def short(size: int, root: int = 0, ledger: str = ONE, identity: Identity = ANNA, charges: int = 0) -> str:
+    return Checkpoint.sign(ledger, size, bytes([root]) * 32, charges, identity).short()
 
 
-def shown(witness: Witness, size: int, root: int = 0, ledger: str = ONE, reserved: int = 0) -> Checkpoint:
-    return witness.see(HEART, "anna", ANNA.public, short(size, root, ledger, reserved=reserved))
+def shown(witness: Witness, size: int, root: int = 0, ledger: str = ONE, charges: int = 0) -> Checkpoint:
+    return witness.see(HEART, "anna", ANNA.public, short(size, root, ledger, charges=charges))
 
 
 def refuses(witness: Witness, text: str, message: str, key: bytes = ANNA.public, site: str = "anna") -> None:
@@ -63,18 +63,18 @@ def test_what_was_seen_is_refused_when_it_goes_back_and_a_restart_does_not_forge
 
 
 def test_a_ledger_that_has_grown_and_forgotten_a_round_is_refused_and_a_restart_does_not_forget_it(path: Path) -> None:
-    shown(Witness(path), 9, 1, reserved=3)
+    shown(Witness(path), 9, 1, charges=3)
 
     for witness in (Witness(path), Witness(path)):
         for size in (10, 11, 2**53 - 1):
-            refuses(witness, short(size, 2, reserved=2), "has 2 reserved rounds; it had 3 when it was last seen")
-        refuses(witness, short(9, 1, reserved=2), "of which 2 reserve a round; of as many it were 3 before")
-        refuses(witness, short(9, 1, reserved=4), "of which 4 reserve a round; of as many it were 3 before")
-        refuses(witness, short(8, 1, reserved=4), "has 8 records; it had 9")
+            refuses(witness, short(size, 2, charges=2), "has 2 charges; it had 3 when it was last seen")
+        refuses(witness, short(9, 1, charges=2), "of which 2 charge an account; of as many it were 3 before")
+        refuses(witness, short(9, 1, charges=4), "of which 4 charge an account; of as many it were 3 before")
+        refuses(witness, short(8, 1, charges=4), "has 8 records; it had 9")
 
-    for size, reserved in ((9, 3), (10, 3), (12, 3), (16, 4)):
+    for size, charges in ((9, 3), (10, 3), (12, 3), (16, 4)):
         root = 1 if size == 9 else 2
-        assert shown(Witness(path), size, root, reserved=reserved) == Witness(path).last(HEART, "anna")
+        assert shown(Witness(path), size, root, charges=charges) == Witness(path).last(HEART, "anna")
 
 
 def test_a_missing_malformed_or_badly_signed_checkpoint_is_refused() -> None:
@@ -310,17 +310,17 @@ def test_of_one_ledger_never_two_roots_at_one_size_a_smaller_size_or_fewer_reser
 ) -> None:
     witness, accepted = Witness(), list[tuple[int, int, int]]()
 
-    for size, root, reserved in shows:
-        follows = not accepted or (size > accepted[-1][0] and reserved >= accepted[-1][2])
-        again = bool(accepted) and accepted[-1] == (size, root, reserved)
+    for size, root, charges in shows:
+        follows = not accepted or (size > accepted[-1][0] and charges >= accepted[-1][2])
+        again = bool(accepted) and accepted[-1] == (size, root, charges)
         try:
-            shown(witness, size, root, reserved=reserved)
+            shown(witness, size, root, charges=charges)
         except Refused:
             assert not follows
             assert not again
             continue
         assert follows or again
-        accepted.append((size, root, reserved))
+        accepted.append((size, root, charges))
 
     for place in (0, 2):
         column = [each[place] for each in accepted]

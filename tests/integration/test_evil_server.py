@@ -250,7 +250,7 @@ def test_no_split_of_adapters_with_fewer_than_a_third_colluding_is_masked_in_two
         assert_nothing_revealed(server, *opened(server))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(strategies.data())
 def test_whatever_the_server_says_in_whatever_order_it_opens_one_sum_a_round_and_learns_nothing_else(
     data: strategies.DataObject,
@@ -677,7 +677,7 @@ def test_with_a_third_or_more_colluding_two_cohorts_without_a_common_honest_site
     assert_nothing_revealed(server, *completed(server))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(strategies.data())
 def test_of_attempts_with_any_cohorts_and_signatures_withheld_from_anybody_at_most_one_is_opened(
     data: strategies.DataObject,
@@ -1031,7 +1031,7 @@ def test_an_old_offer_said_again_after_a_restart_takes_nothing_from_a_site(tmp_p
     assert opened(server) == {whole(server), whole(server, 2)}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(strategies.data())
 def test_garbage_is_answered_with_a_failure_and_the_next_attempt_goes_well(data: strategies.DataObject) -> None:
     hybrid = data.draw(strategies.booleans())

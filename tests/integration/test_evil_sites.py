@@ -348,7 +348,7 @@ def test_what_a_site_calls_its_failure_is_recorded_only_if_it_is_a_class_of_erro
     assert dict(wire.run().missing) == {ROGUE: "contribute: MessageError"}
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(strategies.data())
 def test_whatever_a_site_sends_the_sum_of_the_others_is_exact_or_the_round_is_void(data: strategies.DataObject) -> None:
     exchange = data.draw(strategies.sampled_from(EXCHANGES))

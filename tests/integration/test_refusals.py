@@ -370,6 +370,7 @@ def test_a_budget_that_other_runs_have_used_up_is_refused_before_any_row_is_read
             run=RUN,
             plan=site.signed.digest,
             data=DATA,
+            version=1,
             round=1,
             sampling_rate=mechanism.sampling_rate,
             noise_multiplier=mechanism.noise_multiplier,

@@ -89,7 +89,7 @@ def only(site: str, behaviour: Behaviour) -> Callable[[str, Moment], Behaviour]:
     return lambda other, _: behaviour if other == site else honest
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(strategies.data())
 def test_whoever_drops_out_where_the_sum_is_that_of_those_who_contributed_or_there_is_none(
     plan: Plan, data: strategies.DataObject
@@ -397,8 +397,8 @@ def forked(ledger: Journal, size: int) -> None:
 GROWN: dict[str, tuple[int | None, str]] = {
     "an old copy": (None, "An old copy was put in its place: put the newest back"),
     "a fork": (0, "There are two of it"),
-    "an old copy that grew by starts of agents": (1, "has 0 reserved rounds; it had 1 when it was last seen"),
-    "an old copy that grew by many starts": (30, "has 0 reserved rounds; it had 1 when it was last seen"),
+    "an old copy that grew by starts of agents": (1, "has 0 charges; it had 1 when it was last seen"),
+    "an old copy that grew by many starts": (30, "has 0 charges; it had 1 when it was last seen"),
 }
 
 

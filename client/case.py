@@ -11,7 +11,6 @@ from confide.client.approval import DAY_S, Terms, given, in_words, needed, sente
 from confide.client.judgement import Price, Refusal, judge_plan, judge_price
 from confide.client.policy import Policy
 from confide.client.received import Received
-from confide.client.terminal import several
 from confide.common.base import base_digest
 from confide.common.calibration import noise_multiplier
 from confide.common.entries import Approval, DataSet, utc_text
@@ -19,6 +18,7 @@ from confide.common.errors import PrivacyError, UsageError
 from confide.common.explain import explain
 from confide.common.ledger import Account, Book
 from confide.common.plan import Plan
+from confide.common.wording import several
 
 UNSEEN: Final = "The base model's files were not looked at. To compare them, name their directory with --model."
 _NO_DATA = "No data set is registered here. Register one: confide site data add"

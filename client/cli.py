@@ -11,9 +11,10 @@ import typer
 from confide.client import consent_cli, data_cli, key_cli, ledger_cli, standing_cli
 from confide.client.opening import SITE_DIR, AsJson, NoPassphrase, PassphraseFile, SiteDir, opened, passphrase
 from confide.client.running import call_agent
-from confide.client.terminal import facts, plain, sentence, several, table
+from confide.client.terminal import facts, sentence, table
 from confide.common.cli import quiet_libraries
 from confide.common.errors import MessageError, Refused, UsageError
+from confide.common.wording import plain, several
 
 if TYPE_CHECKING:
     from confide.common.ledger import Book

@@ -11,8 +11,9 @@ import typer
 
 from confide.client.opening import SITE_DIR, AsJson, NoPassphrase, PassphraseFile, SiteDir, opened
 from confide.client.signing import KeyFile, KeyPassphraseFile, NoKeyPassphrase, SignsAs, person_here, signer
-from confide.client.terminal import facts, paragraphs, plain, print_json, sentence, several, spent, table
+from confide.client.terminal import facts, paragraphs, print_json, sentence, spent, table
 from confide.common.errors import UsageError
+from confide.common.wording import plain, several
 
 if TYPE_CHECKING:
     from confide.client.home import Home

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from confide.client.opening import SITE_DIR, AsJson, NoPassphrase, PassphraseFile, SiteDir, opened, plan_at
-from confide.client.terminal import sentence, several, spent, table
+from confide.client.terminal import print_json, sentence, spent, table
 from confide.common.cli import quiet_libraries
 from confide.common.errors import Refused, UsageError
+from confide.common.wording import command, several
 
 if TYPE_CHECKING:
     from confide.client.home import Home
@@ -26,6 +27,9 @@ app = typer.Typer(help="Register tables, look at them, correct them, and tell ot
 
 Name = Annotated[str, typer.Argument(help="What the data set is called: a-z, 0-9 and -.", metavar="NAME")]
 PlanFile = Annotated[Path, typer.Argument(help="The plan, a TOML file.", metavar="PLAN")]
+PlanGiven = Annotated[
+    str, typer.Argument(help="The plan, signed or not; or a run whose plan was shown before.", metavar="PLAN")
+]
 ModelDir = Annotated[Path | None, typer.Option("--model", help="The base model's local directory.", metavar="DIR")]
 
 
@@ -44,8 +48,11 @@ def add(
         typer.Option(help="How many persons to make public; two digits and zeros, no more than there are.", min=1),
     ] = None,
     plan: Annotated[
-        Path | None,
-        typer.Option(help="A plan of the usual kind; a new budget is then counted as suits it best.", metavar="PLAN"),
+        str | None,
+        typer.Option(
+            help="A plan of the usual kind, or a run whose plan was shown; a new budget is then counted as suits it best.",
+            metavar="PLAN",
+        ),
     ] = None,
     site: SiteDir = SITE_DIR,
     passphrase_file: PassphraseFile = None,
@@ -55,14 +62,18 @@ def add(
     """Register a table, or the next version of one, under the budget of its persons."""
     with opened(site, passphrase_file, insecure_no_passphrase=insecure_no_passphrase) as vault:
         typical = None if plan is None else _typical(vault.home, plan)
-        _decided(vault)
+        policy = _decided(vault)
         known = set(vault.journal.book.accounts)
         before = vault.journal.book.data_sets.get(name)
-        found = vault.registry.add(name, table, person_id, ids, declared, typical=typical)
+        found = vault.registry.add(
+            name, table, person_id, ids, declared, typical=typical, fewest=policy.privacy.fewest_persons
+        )
         fresh = [account for account in found.accounts if account not in known]
+        left_out, others = vault.registry.left_out_by_others(name)
         book = vault.journal.book
     if as_json:
-        typer.echo(json.dumps({"status": "ok", "opened": fresh, **_tree(found, book)}))
+        elsewhere = {"persons": left_out, "data_sets": list(others)}
+        print_json(opened=fresh, withdrawn_elsewhere=elsewhere, **_tree(found, book))
         return
     if before == found:
         sentence(f"{name} is registered as version {found.version} already, and unchanged. Only its path was noted.")
@@ -75,15 +86,21 @@ def add(
             " It was opened now, with the policy's [budget], and keeps that for good." if account in fresh else ""
         )
         sentence(f"It charges account {account}: epsilon {gate.epsilon:g} at delta {gate.delta:g}.{opened_now}")
+    if left_out:
+        sentence(
+            f"{several(left_out, 'person')} of this table withdrew from {' and '.join(others)}; "
+            f"{'they are' if left_out > 1 else 'that person is'} left out here too."
+        )
     if not person_id:
         sentence("No column of persons was named: somebody with several rows is protected one row at a time.")
-    typer.echo(f"Next: look at it as a plan would read it: confide site data check {name} PLAN")
+    check = command("confide", "site", "data", "check", name, "PLAN")
+    typer.echo(f"Next: look at it as a plan would read it: {check}")
 
 
 @app.command(epilog="Example: confide site data check letters plan.toml --model ./MiniLM")
 def check(
     name: Name,
-    plan: PlanFile,
+    plan: PlanGiven,
     model: ModelDir = None,
     site: SiteDir = SITE_DIR,
     passphrase_file: PassphraseFile = None,
@@ -161,17 +178,40 @@ def withdraw(
     with opened(site, passphrase_file, insecure_no_passphrase=insecure_no_passphrase) as vault:
         found = vault.registry.withdraw(name, identifiers, anew=anew)
     if as_json:
-        told = {"data": name, "version": found.data.version, "persons": found.persons, "unknown": found.unknown}
-        typer.echo(json.dumps({"status": "ok", **told}))
+        print_json(
+            data=name,
+            version=found.data.version,
+            persons=found.persons,
+            before=found.before,
+            unknown=found.unknown,
+            others=list(found.others),
+            unnamed=list(found.unnamed),
+        )
         return
-    sentence(
-        f"{several(found.persons, 'person')} withdrawn from {name}, version {found.data.version}. From the next round on no row of "
-        "theirs is read; an agent that runs takes that up by itself."
-    )
+    fresh = found.persons - found.before
+    if fresh or anew:
+        sentence(
+            f"{several(fresh, 'person')} withdrawn from {name}, version {found.data.version}. From the next round on no row of "
+            "theirs is read; an agent that runs takes that up by itself."
+        )
+    if found.before:
+        sentence(
+            f"{several(found.before, 'person')} had withdrawn from {name} already{'' if fresh else '; nothing changed'}."
+        )
     if found.unknown:
         sentence(
-            f"{found.unknown} of them never were in a table of this site. They are left out should they come. Is there a "
-            "misspelling?"
+            f"{found.unknown} of them {'was never' if found.unknown == 1 else 'were never'} in a table of this site, and "
+            f"{'is' if found.unknown == 1 else 'are'} left out should {'that person' if found.unknown == 1 else 'they'} come. Is "
+            "there a misspelling?"
+        )
+    for other in found.others:
+        again = command("confide", "site", "data", "withdraw", other, "--ids-file", ids_file)
+        sentence(f"Some of them are in {other} too, and are still used there: {again}")
+    for other in found.unnamed:
+        column = command("confide", "site", "data", "add", other, "TABLE", "--person-id", found.data.person_id)
+        sentence(
+            f"Rows of {name} are in {other} too, which has no column of persons, so nobody can be left out there. Register it by "
+            f"that column, and withdraw them there, or take it out of use: {column}"
         )
     sentence("What was learned before stays learned, within the epsilon that their account shows.")
 
@@ -216,15 +256,15 @@ def synthetic(
     if as_json:
         typer.echo(json.dumps({"status": "ok", "out": str(out), "persons": count, "person_id": asked.data.person_id}))
         return
-    column = f" --person-id {asked.data.person_id}" if asked.data.person_id else ""
+    column = ("--person-id", asked.data.person_id) if asked.data.person_id else ()
     sentence(f"Wrote rows of {several(count, 'person')} that nobody has to {out}. Nothing can be learned from them.")
-    typer.echo(f"Next: confide site data add made-up {out}{column} --plan {plan}")
+    typer.echo(f"Next: {command('confide', 'site', 'data', 'add', 'made-up', out, *column, '--plan', plan)}")
 
 
 @app.command(epilog="Example: confide site data report letters plan.toml --out ready.json --tell enough-persons")
 def report(
     name: Name,
-    plan: PlanFile,
+    plan: PlanGiven,
     out: Annotated[Path, typer.Option(help="A file that does not exist yet; it may leave the site.", metavar="FILE")],
     tell: Annotated[
         list[str] | None,
@@ -280,8 +320,8 @@ def report(
     typer.echo(f"Wrote {out}. It may leave the site; what it tells, and nothing else, is in it.")
 
 
-def _decided(vault: "Opened") -> None:
-    """Return if somebody has decided what persons may lose: an account keeps the budget that it is opened with.
+def _decided(vault: "Opened") -> "Policy":
+    """Return the policy if somebody has decided what persons may lose: an account keeps the budget that it is opened with.
 
     Raises:
         Refused: The policy is still the one that `confide site init` wrote.
@@ -294,10 +334,10 @@ def _decided(vault: "Opened") -> None:
             "persons may lose; a budget that is opened now would stay as it stands there. Edit [budget] and the rest first.",
             "budget",
         )
-    vault.policy()  # what the policy says of budgets is in the ledger before an account is opened
+    return vault.policy()  # what it says of budgets is in the ledger before an account is opened
 
 
-def _typical(home: "Home", plan: Path) -> "Spend":
+def _typical(home: "Home", plan: str) -> "Spend":
     from confide.common.accounting import planned_spend
 
     return planned_spend(plan_at(plan, home).privacy)
@@ -329,15 +369,19 @@ def _state(entry: "DataSet", book: "Book") -> str:
 
 def _told(name: str, found: "Check") -> Iterable[str]:
     """Yield what a check found, for a terminal."""
-    yield f"{name}: {found.rows} rows, of which the plan can use {found.usable}, of {several(found.persons, 'person')}."
+    yield f"{name}: {several(found.rows, 'row')}, of which the plan can use {found.usable}, of {several(found.persons, 'person')}."
     if found.withdrawn:
-        yield f"  {found.withdrawn} rows are left out: their persons took back their consent."
+        yield f"  {several(found.withdrawn, 'row is', 'rows are')} left out: their persons took back their consent."
     if found.repeated:
-        yield f"  {found.repeated} rows hold exactly what an earlier one holds."
+        yield f"  {several(found.repeated, 'row holds', 'rows hold')} exactly what an earlier one holds."
     for reason, count in found.unusable.items():
-        yield f"  {count} rows are of no use: {reason}."
+        yield f"  {several(count, 'row is', 'rows are')} of no use: {reason}."
     if any(found.beyond_cap):
-        yield f"  {found.beyond_cap[0]} persons have more rows than the plan takes; {found.beyond_cap[1]} are left out."
+        persons, rows = found.beyond_cap
+        yield (
+            f"  {several(persons, 'person has', 'persons have')} more rows than the plan takes; "
+            f"{several(rows, 'row is', 'rows are')} left out."
+        )
     for what, spread in (
         ("rows of a person", found.rows_per_person),
         ("characters", found.characters),

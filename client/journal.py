@@ -315,6 +315,25 @@ class Journal:
             )
             return frozenset(row[0] for row in found if row is not None)
 
+    def shares(self, data: str, hashes: Iterable[bytes]) -> bool:
+        """Return whether any of these persons or rows is or was in a data set, by keyed hashes of 32 bytes."""
+        with self._lock, self._told():
+            return any(
+                self._connection.execute("SELECT 1 FROM member WHERE data = ? AND hash = ?", (data, person)).fetchone()
+                for person in hashes
+            )
+
+    def overlap(self, data: str, other: str) -> bool:
+        """Return whether two data sets have or had a person or a row in common."""
+        with self._lock, self._told():
+            found = self._connection.execute(
+                # CROSS JOIN keeps the order, so that each of the first is looked up among the second by the primary key.
+                "SELECT 1 FROM member AS one CROSS JOIN member AS two ON two.hash = one.hash "
+                "WHERE one.data = ? AND two.data = ? LIMIT 1",
+                (data, other),
+            )
+            return found.fetchone() is not None
+
     def evidence(self, run: str, number: int) -> bytes | None:
         """Return what was measured in a round, as it was sealed, or None if nothing was kept."""
         with self._lock, self._told():

@@ -102,11 +102,15 @@ def passphrase(file: Path | None, prompt: str, *, twice: bool = False) -> bytes:
     return passphrase_from(file, ask=ask if sys.stdin.isatty() else None)
 
 
-def plan_at(path: Path, home: "Home | None" = None) -> "Plan":
-    """Return the plan in a file, signed or not; a signature is checked if there is a site that knows whose it must be.
+def plan_at(file_or_run: Path | str, home: "Home | None" = None) -> "Plan":
+    """Return the plan in a file, signed or not, or the one that is kept for a run.
+
+    Args:
+        file_or_run: A path; or, at a site, the name of a run whose plan was shown before.
+        home: The site's directory, if there is one: it knows whose a signature must be, and that is checked then.
 
     Raises:
-        UsageError: There is no such file, or the site belongs to no federation.
+        UsageError: There is neither such a file nor such a run, or the site belongs to no federation.
         PlanError: It is not a valid plan.
         Refused: No coordinator of the site's federations signed it.
         MessageError: It is damaged.
@@ -114,7 +118,10 @@ def plan_at(path: Path, home: "Home | None" = None) -> "Plan":
     from confide.client.received import receive
     from confide.common.plan import load_plan, read_plan
 
-    plan = None
-    if path.is_file() and (raw := path.read_bytes()).startswith(_SIGNED):
-        plan = read_plan(raw.split(b"\n", 2)[-1]) if home is None else receive(home, str(path)).signed.plan
-    return plan or load_plan(path)
+    path = Path(file_or_run)
+    if not path.is_file():
+        if home is not None and path.suffix != ".toml":
+            return receive(home, str(file_or_run)).signed.plan
+    elif (raw := path.read_bytes()).startswith(_SIGNED):
+        return read_plan(raw.split(b"\n", 2)[-1]) if home is None else receive(home, str(path)).signed.plan
+    return load_plan(path)

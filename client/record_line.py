@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, Final
 
-from confide.client.terminal import several
 from confide.common.entries import (
     AccountOpened,
     Approval,
@@ -25,6 +24,7 @@ from confide.common.entries import (
     Rotation,
     Started,
 )
+from confide.common.wording import several
 
 
 def record_line(entry: Entry) -> str:

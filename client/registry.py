@@ -3,6 +3,9 @@
 What the ledger says of a data set holds. Beside it lie two small files for each, which only this site can use: where the
 table is, and, sealed, who took back her consent. Neither may be older than the ledger: a path is taken up only if the
 table there is the one that was registered, and a list of those who withdrew only if it is as new as the last version.
+
+Who withdrew from one data set is left out of every table that is registered after it, whatever that is called; a table in
+which she could not be found is refused.
 """
 
 import contextlib
@@ -35,6 +38,7 @@ from confide.common.filter import Filter, order_for
 from confide.common.plan import Plan
 from confide.common.settings import read_section, setting, shown, toml_value
 from confide.common.spend import Spend
+from confide.common.wording import command
 
 FORMAT: Final = "confide-data/1"
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")  # it becomes a file's name
@@ -42,6 +46,7 @@ MOST_WITHDRAWN: Final = 10_000_000
 _LARGEST_FILE_BYTES = 1 << 16
 _LARGEST_LIST_BYTES = 1 << 29
 _VERSION_BYTES = 8
+_LIST = ".withdrawn"
 _PERSONS, _SEAL = b"confide-registry/1 persons", b"confide-registry/1 withdrawn"
 
 
@@ -67,15 +72,22 @@ class Withdrawal:
     """What a withdrawal did; the numbers stay at the site.
 
     Attributes:
-        data: The version it made.
+        data: The version it made, or the newest if it made none.
         persons: How many persons it named.
+        before: How many of them had withdrawn from the data set already.
         unknown: How many of them are in none of the tables that were ever registered here. They are left out as well,
             should they come.
+        others: The other data sets in use from which some of them did not withdraw, and in which they are or were.
+        unnamed: The other data sets in use that have rows of this one and no column of persons: whoever is in one of them
+            cannot be told there.
     """
 
     data: DataSet
     persons: int
+    before: int = 0
     unknown: int
+    others: tuple[str, ...] = ()
+    unnamed: tuple[str, ...] = ()
 
 
 class Registry:
@@ -110,12 +122,15 @@ class Registry:
         declared: int | None = None,
         *,
         typical: Spend | None = None,
+        fewest: int = 1,
     ) -> DataSet:
         """Register a table, or the next version of one, and return what the ledger now says of it.
 
         Its persons are looked for among all that were ever registered here. The data set charges the accounts of those
         who are found and of its earlier versions; the others join the first of these. If there are none an account is
         opened with the epsilon and delta of the policy in force. An unchanged table makes no version; only its path is noted.
+
+        Those of its persons who withdrew from any other data set have withdrawn from this one from here on.
 
         Args:
             name: What it is called: 1 to 63 of a-z, 0-9 and -.
@@ -124,15 +139,19 @@ class Registry:
             ids: The namespace of identifiers and rows: equal ones are the same person's within it, and not across.
             declared: How many persons the site makes public; the count to two leading digits, rounded down, if absent.
             typical: A spend of the usual kind, for which a new account's Rényi order is chosen.
+            fewest: How many persons it must be declared with at least.
 
         Raises:
             UsageError: A name is malformed, `declared` is not to two digits, above the count, or above what a running plan
-                was approved with; or the column or namespace would change though persons withdrew by them.
+                was approved with; or persons withdrew, from this data set or from another whose rows the table has, by a
+                column or namespace by which they would not be found in it.
             DataError: The table cannot be read, lacks the column, or has no person left.
-            Refused: No policy is in force, or the ledger does not allow it.
-            SealError: The list of those who withdrew is missing, damaged or older than the ledger.
+            Refused: It would be declared with fewer persons than `fewest`, no policy is in force, or the ledger does not allow
+                it.
+            SealError: A list of those who withdrew, be it another data set's, is missing, damaged or older than the ledger.
 
-        Guarantee: every person's account is charged, whatever the data set is called and whichever version it is.
+        Guarantee: every person's account is charged, whatever the data set is called and whichever version it is. Whoever
+        withdrew from one data set is left out of every table that is registered afterwards, whatever it is called.
         """
         _check_name("data set", name)
         _check_name("namespace", ids)
@@ -140,13 +159,13 @@ class Registry:
         persons = read_persons(table, person_id, self._person_key, ids)
         with self._alone():
             before = self._journal.book.data_sets.get(name)
-            withdrawn = self._withdrawn(name, before)
-            if withdrawn and before is not None and (before.person_id, before.ids) != (place.column, ids):
-                raise UsageError(
-                    f"Persons withdrew from {name!r} by the column {before.person_id!r} of the namespace {before.ids!r}, and "
-                    f"would not be found by {place.column!r} of {ids!r}. Take their rows out of the table, and register it "
-                    "under another name."
-                )
+            own = self._withdrawn(name, before)
+            if own and before is not None and (before.person_id, before.ids) != (place.column, ids):
+                raise _not_found(before, name, place)
+            elsewhere = self._elsewhere(name)
+            for other, gone in elsewhere.items():
+                self._check_found(other, gone, persons, name, place)
+            withdrawn = own | frozenset().union(*elsewhere.values()).intersection(persons.known_by())
             entry = DataSet(
                 data=name,
                 version=before.version + 1 if before is not None else 1,
@@ -157,9 +176,15 @@ class Registry:
                 ids=ids,
                 accounts=(),
             )
-            if before is not None and entry.event == "change" and _equal(entry, before, declared):
+            if before is not None and entry.event == "change" and withdrawn == own and _equal(entry, before, declared):
                 self._note(before, place)
                 return before
+            if entry.declared_persons < fewest:
+                raise Refused(
+                    f"{name!r} would be declared with {entry.declared_persons} persons; the policy's [privacy] fewest_persons asks for "
+                    f"{fewest}, so no plan could use it. Give more data, or change the policy if you mean to allow fewer.",
+                    "data",
+                )
             charged = accounts_for(
                 self._journal.accounts_of(persons.known_by()),
                 before.accounts if before is not None else (),
@@ -255,7 +280,8 @@ class Registry:
     def withdraw(self, name: str, identifiers: Iterable[str], *, anew: bool = False) -> Withdrawal:
         """Leave persons out of a data set from the next round on, in all versions to come as well, and record it.
 
-        The list is on disk, sealed, before the ledger has the version. What was learned of them before stays learned, and
+        Tables that are registered from then on leave them out too, whatever they are called; data sets that are in use
+        already are named in what is returned. Where all had withdrawn before, nothing is recorded. The list is on disk, sealed, before the ledger has the version. What was learned of them before stays learned, and
         stays under the bound that their account states; `docs/howto/data.md` says so to stewards.
 
         Args:
@@ -282,13 +308,22 @@ class Registry:
             named = {person_digest(self._person_key, data.ids, identifier) for identifier in wanted}
             if not named and not anew:
                 raise UsageError(f"Nobody is named who withdraws from {name!r}. Give at least one identifier.")
-            withdrawn = named if anew else named | self._withdrawn(name, data)
+            already = frozenset() if anew else self._withdrawn(name, data)
+            withdrawn = named | already
             unknown = sum(not self._journal.accounts_of([person]) for person in named)
-            if self._is_current(name):
-                data = self._record(data, "withdraw", withdrawn)
-            else:  # a list that was lost is needed before the data set can be registered again
+            others, unnamed = self._also_in(data, named)
+            if not self._is_current(name):  # a list that was lost is needed before the data set can be registered again
                 self._keep_withdrawn(name, data.version, withdrawn)
-            return Withdrawal(data=data, persons=len(named), unknown=unknown)
+            elif anew or withdrawn != already:
+                data = self._record(data, "withdraw", withdrawn)
+            return Withdrawal(
+                data=data,
+                persons=len(named),
+                before=len(named & already),
+                unknown=unknown,
+                others=others,
+                unnamed=unnamed,
+            )
 
     def remove(self, name: str) -> DataSet:
         """Take a data set out of use. Its persons, their accounts and who withdrew are kept; its table is not touched.
@@ -312,6 +347,72 @@ class Registry:
         """
         self._journal.sync()
         return self._withdrawn(name, self._journal.book.data_sets.get(name))
+
+    def left_out_by_others(self, name: str) -> tuple[int, tuple[str, ...]]:
+        """Return how many persons who are or were in a data set withdrew from others, and so from this one, and from which.
+
+        Raises:
+            SealError: A list of those who withdrew is missing, damaged or older than the ledger.
+        """
+        own = self.excluded(name)
+        here: dict[bytes, bool] = {}
+        found = []
+        for other, gone in self._elsewhere(name).items():
+            for person in gone & own:
+                here.setdefault(person, self._journal.shares(name, [person]))
+            if any(here[person] for person in gone & own):
+                found.append(other)
+        return sum(here.values()), tuple(found)
+
+    def _elsewhere(self, name: str) -> dict[str, frozenset[bytes]]:
+        """Return who withdrew from every other data set: from those that the ledger knows, and by every list that is there."""
+        book = self._journal.book
+        lists = {path.name.removesuffix(_LIST) for path in self._folder.glob(f"*{_LIST}")}
+        others = {*book.data_sets, *filter(NAME.fullmatch, lists)} - {name}
+        return {other: self._withdrawn(other, book.data_sets.get(other)) for other in sorted(others)}
+
+    def _check_found(self, other: str, gone: Collection[bytes], persons: Persons, name: str, place: "_Place") -> None:
+        """Return if whoever withdrew from another data set would be found in a table that has rows of it.
+
+        Raises:
+            UsageError: She would not, or it cannot be known.
+        """
+        book = self._journal.book
+        data, before = book.data_sets.get(other), book.data_sets.get(name)
+        if not gone or data is None or data.ids != place.ids or data.person_id == place.column:
+            return
+        known = before is not None and (before.person_id, before.ids) == (place.column, place.ids)
+        if other in book.lost_data_sets and not known:
+            again = command("confide", "site", "data", "add", other, "TABLE", "--person-id", data.person_id)
+            raise UsageError(
+                f"Persons withdrew from {other!r} by the column {data.person_id!r}, and who was in it was lost with the ledger, so "
+                f"it is not known whether this table has rows of theirs. Register {other!r} again first: {again}"
+            )
+        for person, row in _each_row(persons):
+            # A row is known by its content, and its person only if she is called here as she is there.
+            if person == bytes(DIGEST_BYTES) or not self._journal.shares(other, [row]):
+                continue
+            if person == row or not self._journal.shares(other, [person]):
+                raise _not_found(data, name, place)
+
+    def _also_in(self, data: DataSet, named: Collection[bytes]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the other data sets in use that hold these persons, and those that may hold them and cannot tell."""
+        book = self._journal.book
+        others = [other for name, other in book.data_sets.items() if other.ids == data.ids and self._is_current(name)]
+        held, unnamed = [], []
+        for other in others:
+            if other.data == data.data:
+                continue
+            if not other.person_id:
+                if self._journal.overlap(data.data, other.data):
+                    unnamed.append(other.data)
+                continue
+            gone: Collection[bytes] = ()
+            with contextlib.suppress(SealError):  # of a list that is lost the steward is told when it is needed
+                gone = self._withdrawn(other.data, other)
+            if self._journal.shares(other.data, (person for person in named if person not in gone)):
+                held.append(other.data)
+        return tuple(held), tuple(unnamed)
 
     def _record(self, data: DataSet, event: str, withdrawn: Collection[bytes]) -> DataSet:
         """Make the next version of a data set whose table stays; the list of those who withdrew is never behind it."""
@@ -385,7 +486,16 @@ class Registry:
             if data is None:
                 return frozenset()
             raise _no_list(path, name, "is missing")
-        plain = unseal_bytes(read_private(path, _LARGEST_LIST_BYTES), self._seal_key, _purpose(name))
+        sealed = read_private(path, _LARGEST_LIST_BYTES)
+        try:
+            plain = unseal_bytes(sealed, self._seal_key, _purpose(name))
+        except SealError:
+            if data is None:
+                raise SealError(
+                    f"The list of those who withdrew from {name!r}, {path}, is damaged or sealed with another key, and the ledger knows "
+                    "no such data set. Restore its newest copy, or move it away if nobody withdrew from one of that name."
+                ) from None
+            raise _no_list(path, name, "is damaged or sealed with another key") from None
         version, persons = int.from_bytes(plain[:_VERSION_BYTES]), plain[_VERSION_BYTES:]
         if data is not None and version < data.version:
             raise _no_list(path, name, f"is of version {version}, and the ledger is at {data.version}")
@@ -432,7 +542,7 @@ class Registry:
         return self._folder / f"{name}.toml"
 
     def _list(self, name: str) -> Path:
-        return self._folder / f"{name}.withdrawn"
+        return self._folder / f"{name}{_LIST}"
 
 
 def read_identifiers(path: Path) -> list[str]:
@@ -444,9 +554,8 @@ def read_identifiers(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"Cannot read {path}: {type(error).__name__}. Give UTF-8 text with one identifier a line."
-        ) from None
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"Cannot read {path}: {why or error}. Give UTF-8 text with one identifier a line.") from None
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -485,7 +594,25 @@ def _purpose(name: str) -> bytes:
 
 
 def _no_list(path: Path, name: str, what: str) -> SealError:
+    again = command("confide", "site", "data", "withdraw", name, "--anew", "--ids-file", "FILE")
     return SealError(
         f"The list of those who withdrew from {name!r}, {path}, {what}. Restore its newest copy. If there is none, name all who "
-        "ever withdrew: confide site data withdraw --anew"
+        f"ever withdrew: {again}"
     )
+
+
+def _not_found(data: DataSet, name: str, place: "_Place") -> UsageError:
+    """Return what is said where persons withdrew from `data` who would not be found in a table."""
+    by = f"the column {place.column!r}" if place.column else "no column of persons"
+    ids = () if data.ids == SAME_PERSONS else ("--ids", data.ids)
+    add = command("confide", "site", "data", "add", name, place.path, "--person-id", data.person_id, *ids)
+    return UsageError(
+        f"Persons withdrew from {data.data!r} by the column {data.person_id!r} of the namespace {data.ids!r}, and would not be "
+        f"found in this table by {by} of {place.ids!r}. Register it by that column: {add}"
+    )
+
+
+def _each_row(persons: Persons) -> Iterator[tuple[bytes, bytes]]:
+    """Yield for each row the hash of its person and that of its content."""
+    for start in range(0, len(persons.digests), DIGEST_BYTES):
+        yield persons.digests[start : start + DIGEST_BYTES], persons.contents[start : start + DIGEST_BYTES]

@@ -13,8 +13,9 @@ import typer
 
 from confide.client.opening import SITE_DIR, AsJson, SiteDir, plan_at
 from confide.client.running import call_agent
-from confide.client.terminal import facts, left, paragraphs, plain, sentence, several, spent, table
+from confide.client.terminal import facts, left, paragraphs, sentence, spent, table
 from confide.common.errors import MessageError, RunError
+from confide.common.wording import plain, several
 
 if TYPE_CHECKING:
     from confide.client.home import Home
@@ -73,7 +74,11 @@ def watch(
 @app.command(epilog="Example: confide site budget --figure budget.png")
 def budget(
     plan: Annotated[
-        Path | None, typer.Option(help="Ask how many rounds of this plan would fit, signed or not.", metavar="FILE")
+        str | None,
+        typer.Option(
+            help="Ask how many rounds of this plan would fit, signed or not; or a run whose plan was shown.",
+            metavar="PLAN",
+        ),
     ] = None,
     figure: Annotated[
         Path | None, typer.Option(help="Draw what was used over time to this .png or .svg file.", metavar="FILE")

@@ -13,6 +13,8 @@ from typing import Final
 
 import typer
 
+from confide.common.wording import plain
+
 _PLACES: Final = Decimal("0.001")
 _NOISE: Final = 1e-9
 _GAP: Final = "  "
@@ -88,16 +90,6 @@ def sentence(text: str) -> None:
 def print_json(**fields: object) -> None:
     """Print one JSON object on one line, which says that all went well."""
     typer.echo(json.dumps({"status": "ok", **fields}))
-
-
-def several(count: int, one: str, many: str = "") -> str:
-    """Spell a count with its noun: `1 record`, `2 records`."""
-    return f"{count} {one if count == 1 else many or one + 's'}"
-
-
-def plain(text: str) -> str:
-    """Return the text with everything that a terminal would obey, such as escape sequences, shown instead."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def _rounded(epsilon: float, rounding: str) -> str:

@@ -8,9 +8,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+import click
 import typer
 
 from confide.common.errors import ConfideError, MissingPackage, UsageError
+from confide.common.wording import plain
 
 # Group: where it lives, which extra it needs, what it is for.
 _GROUPS = {
@@ -21,24 +23,44 @@ _GROUPS = {
 }
 
 _EPILOG = "Example: confide simulate demo"
+_AFTER_CTRL_C = 130
+_INTERRUPTED = "It was interrupted by Ctrl-C."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 if all went well, 130 after Ctrl-C, else the code of the error's class."""
+    """Run the command line and exit: 0 if all went well, 130 after Ctrl-C, else the code of the error's class.
+
+    With --json anywhere among the arguments, what goes wrong is one JSON object on the standard output as well.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in arguments
     try:
-        _app(arguments)(arguments, prog_name="confide")
+        code = _app(arguments)(arguments, prog_name="confide", standalone_mode=False)
+    except click.ClickException as error:  # a word that the command line does not know, or help instead of nothing
+        if as_json:
+            _print_failure("UsageError", error.format_message())
+        _show(error)
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        if as_json:
+            _print_failure("Interrupted", _INTERRUPTED)
+        typer.echo(_INTERRUPTED, err=True)
+        sys.exit(_AFTER_CTRL_C)
+    except BrokenPipeError:  # whoever reads our lines has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         told = UsageError(
             f"{error.filename or 'A file'}: {error.strerror or error}. Check the path, its rights and the disk."
         )
-        _tell(told, as_json="--json" in arguments)
+        _tell(told, as_json=as_json)
         sys.exit(told.exit_code)
     except ConfideError as error:
-        _tell(error, as_json="--json" in arguments)
+        _tell(error, as_json=as_json)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    if code == _AFTER_CTRL_C and as_json:
+        _print_failure("Interrupted", _INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def quiet_libraries() -> None:
@@ -104,10 +126,23 @@ def _load(module: str, extra: str) -> typer.Typer:
 
 def _tell(error: ConfideError, *, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"status": "failed", "error": type(error).__name__, "message": str(error)}))
-    lines = str(error).splitlines() or [type(error).__name__]
+        _print_failure(type(error).__name__, str(error))
+    lines = [plain(line) for line in str(error).splitlines()] or [type(error).__name__]
     typer.secho(f"{type(error).__name__}: ", fg="red", bold=True, nl=False, err=True)
     typer.echo("\n  ".join(lines if len(lines) == 1 else ["", *lines]), err=True)
+
+
+def _print_failure(name: str, message: str) -> None:
+    typer.echo(json.dumps({"status": "failed", "error": name, "message": message}))
+
+
+def _show(error: click.ClickException) -> None:
+    """Print what the command line has to say of its own error, after its usage; help that was asked for is printed already."""
+    from typer import rich_utils
+
+    if not isinstance(error, click.exceptions.NoArgsIsHelpError):
+        lines = map(plain, error.format_message().splitlines())
+        rich_utils.rich_format_error(click.UsageError("\n".join(lines), ctx=getattr(error, "ctx", None)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from confide.client.synthetic import write_synthetic
 from confide.common.entries import Release
 from confide.common.plan import load_plan
 from tests.conftest import run
-from tests.sites import DATA, NAME, Site, copied, made, plan_text
+from tests.sites import DATA, NAME, RUN, Site, copied, made, plan_text
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,12 @@ def told(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     (line,) = capsys.readouterr().out.splitlines()
     tree: dict[str, Any] = json.loads(line)
     return tree
+
+
+def persons(site: Site) -> list[str]:
+    """The persons in the site's table."""
+    with (site.root / "letters.csv").open(encoding="utf-8", newline="") as stream:
+        return list(dict.fromkeys(row["patient"] for row in csv.DictReader(stream)))
 
 
 def size(site: Site) -> int:
@@ -133,9 +139,74 @@ def test_who_withdraws_is_counted_and_not_named(site: Site, tmp_path: Path, caps
     assert site.do("data", "check", DATA, site.plan, "--json") == 0
 
     assert "2 persons withdrawn from letters, version 2" in text
-    assert "1 of them never were" in text
+    assert "1 of them was never in a table of this site, and is left out should that person come." in text
     assert person not in text
     assert told(capsys)["persons"] == 119
+
+
+def test_who_withdrew_elsewhere_is_left_out_of_a_copy_and_that_is_said(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names, others = tmp_path / "names.txt", tmp_path / "my names.txt"
+    names.write_text("\n".join(persons(site)[:2]), encoding="utf-8")
+    others.write_text(persons(site)[3], encoding="utf-8")
+    copy = ("data", "add", "copy", site.root / "letters.csv", "--person-id", "patient")
+
+    assert site.do("data", "withdraw", DATA, "--ids-file", names) == 0
+    capsys.readouterr()
+    assert site.do(*copy, "--json") == 0
+    added = told(capsys)
+    assert site.do("data", "withdraw", DATA, "--ids-file", others) == 0
+    named = capsys.readouterr().out
+    assert site.do("data", "withdraw", DATA, "--ids-file", others) == 0
+    again = capsys.readouterr().out
+    assert site.do(*copy) == 0
+    text = capsys.readouterr().out
+    assert site.do("data", "withdraw", DATA, "--ids-file", others, "--json") == 0
+
+    assert added["withdrawn_elsewhere"] == {"persons": 2, "data_sets": [DATA]}
+    assert f"are in copy too, and are still used there: confide site data withdraw copy --ids-file '{others}'" in named
+    assert "1 person had withdrawn from letters already; nothing changed." in again
+    assert "3 persons of this table withdrew from letters; they are left out here too." in text
+    assert told(capsys) == {
+        "status": "ok",
+        "data": DATA,
+        "version": 3,
+        "persons": 1,
+        "before": 1,
+        "unknown": 0,
+        "others": [],
+        "unnamed": [],
+    }
+
+
+def test_a_table_of_fewer_persons_than_the_policy_asks_for_opens_no_account(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = tmp_path / "few.csv"
+    few.write_text("patient,text,label\na,b,negative\n", encoding="utf-8")
+
+    assert site.do("data", "add", "few", few, "--person-id", "patient") == 9
+
+    assert "declared with 1 persons; the policy's [privacy] fewest_persons asks for 50" in capsys.readouterr().err
+    assert list(Journal.look(site.home.ledger).accounts) == ["1"]
+
+
+def test_a_plan_may_be_named_by_its_run(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert site.do("data", "check", DATA, RUN) == 2
+    assert "no plan is kept for a run of that name" in capsys.readouterr().err
+    assert site.read("plan", "show", site.plan) == 0
+
+    assert site.do("data", "check", DATA, RUN) == 0
+    assert site.do("data", "report", DATA, RUN, "--out", tmp_path / "ready.json") == 0
+    assert site.read("budget", "--plan", RUN) == 0
+    assert site.do("data", "add", "copy", site.root / "letters.csv", "--person-id", "patient", "--plan", RUN) == 0
+
+
+def test_a_file_that_is_not_there_is_told_in_the_system_s_words(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    assert site.do("data", "withdraw", DATA, "--ids-file", "nofile") == 2
+
+    assert "Cannot read nofile: No such file or directory." in capsys.readouterr().err
 
 
 def test_a_data_set_that_was_removed_is_said_to_be(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

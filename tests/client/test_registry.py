@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies
 
 from confide.client.home import replace_private
 from confide.client.journal import Journal
-from confide.client.persons import person_digest
+from confide.client.persons import person_digest, read_persons
 from confide.client.registry import Registry, read_identifiers
 from confide.common.crypto import Identity
 from confide.common.entries import Approval, PolicyInForce, Release, Reserve
@@ -233,13 +233,14 @@ def test_equal_identifiers_of_another_namespace_are_other_persons(registry: Regi
     assert (first.accounts, second.accounts) == (("1",), ("2",))
 
 
-def test_another_site_s_secret_recognises_nobody(journal: Journal, tmp_path: Path) -> None:
+def test_another_site_s_secret_recognises_nobody(registry: Registry, journal: Journal, tmp_path: Path) -> None:
     path = table(tmp_path / "a.csv", named(1, 2))
-    first = Registry(tmp_path / "data", journal, SECRET).add("letters", path, "patient")
-    second = Registry(tmp_path / "data", journal, bytes(32)).add("notes", path, "patient")
+    first = registry.add("letters", path, "patient")
 
-    assert first.fingerprint != second.fingerprint
-    assert second.accounts == ("2",)
+    another = read_persons(path, "patient", Registry(tmp_path / "data", journal, bytes(32)).person_key)
+
+    assert first.fingerprint != another.fingerprint
+    assert not journal.accounts_of(another.known_by())
 
 
 TABLES = strategies.lists(strategies.frozensets(strategies.integers(0, 12), min_size=1), min_size=1, max_size=6)
@@ -454,6 +455,156 @@ def test_by_another_column_or_namespace_those_who_withdrew_would_not_be_found_so
     for other in ({"person_id": "text"}, {"person_id": None}, {"person_id": "patient", "ids": "clinic"}):
         with pytest.raises(UsageError, match="would not be found"):
             registry.add("letters", path, **other)
+
+
+def test_whoever_withdrew_from_one_data_set_is_left_out_of_every_table_that_is_registered_afterwards(
+    registry: Registry, tmp_path: Path
+) -> None:
+    path = table(tmp_path / "a.csv", named(1, 2, 3))
+    registry.add("letters", path, "patient")
+    registry.withdraw("letters", ["p2", "p9"])
+
+    copy = registry.add("copy", path, "patient")
+    other = registry.add("other", table(tmp_path / "b.csv", named(3, 9, 4), "other", ("case", "text", "label")), "case")
+    registry.add("newer", path, "patient")
+
+    assert (copy.declared_persons, other.declared_persons) == (2, 2)
+    assert registry.current("copy").left_out == {2}
+    assert registry.current("other").left_out == {2}
+    assert registry.left_out_by_others("other") == (1, ("letters",))
+    assert registry.left_out_by_others("newer") == (1, ("copy", "letters"))
+
+
+def test_a_removed_data_set_s_withdrawals_follow_its_persons_too(registry: Registry, tmp_path: Path) -> None:
+    path = table(tmp_path / "a.csv", named(1, 2))
+    registry.add("letters", path, "patient")
+    registry.withdraw("letters", ["p2"])
+    registry.remove("letters")
+
+    registry.add("copy", path, "patient")
+
+    assert registry.current("copy").left_out == {2}
+
+
+def test_an_unchanged_table_becomes_a_version_if_somebody_withdrew_elsewhere_meanwhile(
+    registry: Registry, tmp_path: Path
+) -> None:
+    path = table(tmp_path / "a.csv", named(1, 2))
+    registry.add("letters", path, "patient")
+    registry.add("copy", path, "patient")
+    registry.withdraw("letters", ["p2"])
+    before = registry.current("copy").left_out
+
+    again = registry.add("copy", path, "patient")
+
+    assert before == frozenset()
+    assert again.version == 2
+    assert registry.current("copy").left_out == {2}
+
+
+def test_a_list_of_any_data_set_that_is_missing_damaged_or_old_lets_nothing_be_registered(
+    registry: Registry, tmp_path: Path
+) -> None:
+    registry.add("letters", table(tmp_path / "a.csv", named(1, 2)), "patient")
+    other, file = table(tmp_path / "b.csv", named(7, 8)), tmp_path / "data" / "letters.withdrawn"
+    older = file.read_bytes()
+    registry.withdraw("letters", ["p2"])
+
+    for content in (older, b"confide-sealed/1\n" + bytes(100), None):
+        file.write_bytes(content) if content is not None else file.unlink()
+        with pytest.raises(SealError, match="withdraw letters --anew --ids-file FILE"):
+            registry.add("other", other, "patient")
+    registry.withdraw("letters", ["p2"], anew=True)
+    assert registry.add("other", other, "patient").version == 1
+
+
+@pytest.mark.parametrize("other", [None, "text", "label"])
+def test_a_table_with_rows_of_a_data_set_is_refused_if_those_who_withdrew_would_not_be_found_in_it(
+    registry: Registry, tmp_path: Path, other: str | None
+) -> None:
+    path = table(tmp_path / "a.csv", named(1, 2, 3))
+    registry.add("letters", path, "patient")
+    registry.add("copy", path, other)  # nobody had withdrawn yet
+    registry.withdraw("letters", ["p2"])
+
+    with pytest.raises(UsageError, match=r"Persons withdrew from 'letters' by .* add hidden \S+ --person-id patient"):
+        registry.add("hidden", path, other)
+    with pytest.raises(UsageError, match="would not be found in this table"):
+        registry.add("copy", table(tmp_path / "b.csv", named(1, 4)), other)
+
+
+def test_a_table_without_rows_of_those_who_withdrew_s_data_set_may_have_another_column_or_none(
+    registry: Registry, tmp_path: Path
+) -> None:
+    registry.add("letters", table(tmp_path / "a.csv", named(1, 2)), "patient")
+    registry.withdraw("letters", ["p2"])
+    other = table(tmp_path / "b.csv", named(1, 2), "of other content")
+
+    assert registry.add("rows", other).declared_persons == 2
+    assert registry.add("cases", other, "text").declared_persons == 2
+
+
+def test_after_a_loss_a_table_that_may_hide_somebody_waits_until_the_lost_data_set_is_back(
+    registry: Registry, journal: Journal, tmp_path: Path
+) -> None:
+    path = table(tmp_path / "a.csv", named(1, 2))
+    registry.add("letters", path, "patient")
+    registry.withdraw("letters", ["p2"])
+    recovered = Journal.restore(
+        tmp_path / "ledger.db", journal.lines(), identity=SITE, reason="Lost.", by="Anna", clock=lambda: NOW
+    )
+    after = Registry(tmp_path / "data", recovered, SECRET)
+
+    with pytest.raises(UsageError, match="Register 'letters' again first: confide site data add letters TABLE"):
+        after.add("rows", path)
+    after.add("letters", path, "patient")
+    with pytest.raises(UsageError, match="would not be found"):
+        after.add("rows", path)
+
+
+def test_a_withdrawal_names_the_other_data_sets_that_its_persons_are_in(registry: Registry, tmp_path: Path) -> None:
+    path = table(tmp_path / "a.csv", named(1, 2, 3))
+    registry.add("letters", path, "patient")
+    registry.add("copy", path, "patient")
+    registry.add("rows", path)
+    registry.add("strangers", table(tmp_path / "b.csv", named(7)), "patient")
+    registry.add("clinic", path, "patient", "clinic")
+    registry.add("removed", path, "patient")
+    registry.remove("removed")
+
+    first = registry.withdraw("letters", ["p2"])
+    second = registry.withdraw("copy", ["p2"])
+    third = registry.withdraw("letters", ["p2", "p3"])
+
+    assert (first.others, first.unnamed) == (("copy",), ("rows",))
+    assert (second.others, second.unnamed) == ((), ("rows",))
+    assert third.others == ("copy",)
+
+
+def test_who_had_withdrawn_already_makes_no_version(registry: Registry, journal: Journal, tmp_path: Path) -> None:
+    registry.add("letters", table(tmp_path / "a.csv", named(1, 2, 3)), "patient")
+    registry.withdraw("letters", ["p2"])
+    size = journal.book.size
+
+    again = registry.withdraw("letters", [" p2"])
+    more = registry.withdraw("letters", ["p2", "p3"])
+
+    assert (again.data.version, again.persons, again.before) == (2, 1, 1)
+    assert (more.data.version, more.persons, more.before) == (3, 2, 1)
+    assert journal.book.size == size + 1
+
+
+def test_a_data_set_that_no_plan_could_use_is_refused_before_an_account_is_opened(
+    registry: Registry, journal: Journal, tmp_path: Path
+) -> None:
+    size = journal.book.size
+
+    with pytest.raises(Refused, match=r"declared with 2 persons; .* fewest_persons asks for 3") as caught:
+        registry.add("letters", table(tmp_path / "a.csv", named(1, 2)), "patient", fewest=3)
+
+    assert caught.value.rule == "data"
+    assert journal.book.size == size
+    assert not (tmp_path / "data" / "letters.withdrawn").exists()
 
 
 def test_rows_without_a_column_of_persons_are_withdrawn_by_taking_them_out(registry: Registry, tmp_path: Path) -> None:

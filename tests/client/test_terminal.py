@@ -5,7 +5,8 @@ import math
 import pytest
 from hypothesis import given, strategies
 
-from confide.client.terminal import facts, left, paragraphs, plain, several, spent, table
+from confide.client.terminal import facts, left, paragraphs, spent, table
+from confide.common.wording import plain, several
 
 
 @given(strategies.floats(0, 1000))

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from confide.client.opening import SITE_DIR, AsJson, NoPassphrase, PassphraseFile, SiteDir, opened
-from confide.client.signing import KeyFile, KeyPassphraseFile, NoKeyPassphrase, SignsAs, person_here, signer
+from confide.client.signing import (
+    KeyFile,
+    KeyPassphraseFile,
+    NoKeyPassphrase,
+    SignsAs,
+    person_here,
+    reason_given,
+    signer,
+)
 from confide.client.terminal import facts, paragraphs, print_json, sentence, spent, table
 from confide.common.errors import UsageError
 from confide.common.wording import plain, several
@@ -207,6 +215,7 @@ def revoke(
     """End every approval of a run. Its next exchange does not begin; what was sent before stays sent, and spent."""
     from confide.client.approval import revoke as revocation
 
+    why = reason_given(reason)
     with opened(site, passphrase_file, insecure_no_passphrase=insecure_no_passphrase) as vault:
         held = [
             standing.approval
@@ -220,7 +229,7 @@ def revoke(
             )
         plans = dict.fromkeys(approval.plan for approval in held)
         by = person_here(name)
-        vault.journal.append(*(revocation(digest, run, by=by, reason=reason) for digest in plans))
+        vault.journal.append(*(revocation(digest, run, by=by, reason=why) for digest in plans))
     if as_json:
         print_json(run=run, plans=list(plans), approvals=len(held), by=by)
         return

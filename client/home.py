@@ -196,6 +196,11 @@ class Home:
         return self.keys / "identity.next.pem"
 
     @property
+    def rotations(self) -> Path:
+        """What the site's keys signed when one followed another; public, and kept with the keys for a recovery."""
+        return self.keys / "rotations.jsonl"
+
+    @property
     def vault(self) -> Path:
         """The key from which the site's own secrets follow."""
         return self.keys / "vault.pem"

@@ -172,6 +172,7 @@ class Journal:
         by: str,
         checkpoint: Checkpoint | None = None,
         lost: Checkpoint | None = None,
+        rotations: Sequence[Rotation] = (),
         clock: Callable[[], float] = time.time,
         wait_s: float = 10.0,
     ) -> Self:
@@ -183,31 +184,39 @@ class Journal:
         Args:
             path: Where it is to lie; nothing may be there.
             lines: The export's records, without line breaks.
-            identity: The one whose key the ledger had in force at the end of these records.
+            identity: The one whose key the ledger had in force at the end of these records, or of `rotations`.
             reason: What happened.
             by: Who says so.
             checkpoint: The export's.
             lost: The newest that a peer or the server saw of this ledger, if it is known.
+            rotations: What leads from the key in force at the end of these records to the present one. They are recorded
+                again, before the recovery.
             clock: Gives the time, in seconds since 1970.
             wait_s: How long to wait for another process that writes.
 
         Raises:
-            LedgerError: The records do not hold, are not those the checkpoints stand for, or are another key's; or there is
-                something at `path`, or it cannot be written.
+            LedgerError: The records do not hold, are not those the checkpoints stand for, or are another key's; the rotations
+                do not follow on them; or there is something at `path`, or it cannot be written.
         """
         book = verify(lines, checkpoint)
+        size, root = book.size, book.root
+        if lost is not None and lost.ledger != book.ledger:
+            raise LedgerError(f"The lost checkpoint is of the ledger {lost.ledger}, the export of {book.ledger}.")
+        if lost is not None and lost.size <= book.size:
+            verify(lines, lost)
+        try:
+            for rotation in rotations:
+                book.record(rotation, book.at)
+        except Refused as error:
+            raise LedgerError(f"The changes of keys that are kept do not follow on the export. {error}") from None
         if identity.public != book.key:
             raise LedgerError(
                 f"The export's ledger is signed by the key {book.key.hex()[:16]}…; the identity given is "
                 f"{identity.public.hex()[:16]}…. Give the identity that was in force at its end."
             )
-        if lost is not None and lost.ledger != book.ledger:
-            raise LedgerError(f"The lost checkpoint is of the ledger {lost.ledger}, the export of {book.ledger}.")
-        if lost is not None and lost.size <= book.size:
-            verify(lines, lost)
-        known = (book.size, book.root) if lost is None else max((book.size, book.root), (lost.size, lost.root))
+        known = (size, root) if lost is None else max((size, root), (lost.size, lost.root))
         recovered = Recovered(recovery=secrets.token_hex(16), size=known[0], root=known[1].hex(), reason=reason, by=by)
-        return cls._begin(path, lines, (recovered,), identity, clock, wait_s)
+        return cls._begin(path, lines, (*rotations, recovered), identity, clock, wait_s)
 
     @staticmethod
     def look(path: Path) -> Book:

@@ -9,6 +9,7 @@ from confide.client.opening import SITE_DIR, AsJson, NoPassphrase, PassphraseFil
 from confide.client.signing import KeyPassphraseFile, NoKeyPassphrase
 from confide.client.terminal import facts, paragraphs, print_json, sentence
 from confide.common.errors import UsageError
+from confide.common.wording import ended
 
 if TYPE_CHECKING:
     from confide.client.home import Home
@@ -85,7 +86,8 @@ def rotate(
                 [
                     "Tell the admins of each federation this fingerprint, and ask for a roster with the new key. Until then the "
                     "site takes part in no round.",
-                    "Back up the directory of keys anew.",
+                    "Back up the directory of keys anew: the backup from before cannot open the ledger any more.",
+                    "Write a new export of the ledger: confide site ledger export FILE",
                 ],
             )
         ]
@@ -100,7 +102,7 @@ def approver(
     insecure_no_key_passphrase: NoKeyPassphrase = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key for a person who approves plans, and print the line that the policy needs. It needs no site.
+    """Make a key for a person who approves plans, and print the entry that the policy needs. It needs no site.
 
     The passphrase is the person's own: let her type it, and keep the file where only she can use it.
     """
@@ -133,10 +135,10 @@ def approver(
     if as_json:
         print_json(name=name, key=public.hex(), fingerprint=fingerprint(public), file=str(out), policy=entry)
         return
-    sentence(f"Wrote {out}, the key of {name}.")
+    sentence(f"Wrote {out}, the key of {ended(name)}")
     facts([("key", public.hex()), ("fingerprint", fingerprint(public))])
-    typer.echo("\nThe policy's [approval] needs this line among its approvers:\n")
-    typer.echo(f"  approvers = [{toml_value(entry)}]")
+    typer.echo("\nAdd it to [approval] approvers in the policy:\n")
+    typer.echo(f"  {toml_value(entry)},")
 
 
 @app.command("passphrase", epilog="Example: confide site key passphrase")

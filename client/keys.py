@@ -8,12 +8,14 @@ or recognises by a keyed digest depends on it. Those who approve plans have keys
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, TypeVar
 
 from confide.client.home import Home, read_private, replace_private, write_private
+from confide.common.canonical import canonical_bytes
 from confide.common.crypto import (
     LARGEST_KEY_FILE_BYTES,
     MOST_PASSPHRASE_BYTES,
@@ -27,14 +29,16 @@ from confide.common.crypto import (
 )
 from confide.common.disk import sync_folder
 from confide.common.entries import Rotation
-from confide.common.errors import Refused, SealError, UsageError
+from confide.common.errors import LedgerError, Refused, SealError, UsageError
 from confide.common.settings import shown
 
 NO_PASSPHRASE: Final = "insecure_no_passphrase"  # noqa: S105  a word, not a passphrase
 PASSPHRASE_FILE: Final = "CONFIDE_PASSPHRASE_FILE"  # noqa: S105  where one is
 APPROVER_FORMAT: Final = "confide-approver/1"
+ROTATIONS_FORMAT: Final = "confide-rotations/1"
 _VAULT = b"confide-vault/1\n"
 _LONGEST_NAME = 200  # as in the ledger
+_LARGEST_ROTATIONS_BYTES = 1 << 20  # some 2,000 changes of keys
 
 _Key = TypeVar("_Key", Identity, AgreementKey)
 
@@ -134,6 +138,16 @@ def public_identity(home: Home) -> bytes:
     return _read_public(home.identity)
 
 
+def pending_identity(home: Home) -> bytes | None:
+    """Return the public key of the identity that is about to follow, 32 bytes, or None if no change of keys is under way.
+
+    Raises:
+        UsageError: The file is too open.
+        SealError: It is damaged.
+    """
+    return _read_public(home.next_identity) if os.path.lexists(home.next_identity) else None
+
+
 def rotate(
     home: Home,
     passphrase: bytes,
@@ -147,7 +161,8 @@ def rotate(
 
     Hold the site's lock, pass the identity to `Journal.rotate`, which appends that record, and call
     `complete_rotation`. Until then the old identity is in force, from then on the new one. Called again before that,
-    it returns the same two.
+    it returns the same two. What both signed is kept beside the keys before this returns, so that an export from before
+    can be recovered from after the old one is gone; see `rotations_between`.
 
     Args:
         home: The site's directory.
@@ -168,7 +183,34 @@ def rotate(
         made = Identity.generate(entropy)
         write_private(home.next_identity, key_to_file(made, passphrase, insecure_no_passphrase=insecure_no_passphrase))
     new = _read_key(home.next_identity, Identity, passphrase, insecure_no_passphrase=insecure_no_passphrase)
-    return new, Rotation.between(ledger, old, new)
+    rotation = Rotation.between(ledger, old, new)
+    _keep(home, ledger, old.public, rotation)
+    return new, rotation
+
+
+def rotations_between(home: Home, ledger: str, old: bytes, new: bytes) -> tuple[Rotation, ...] | None:
+    """Return the records that lead a ledger from one key of the site's to another, or None if they are not all there.
+
+    Whether they are signed is for `ledger.Book` to say.
+
+    Args:
+        home: The site's directory.
+        ledger: The ledger's identifier.
+        old: The key that it has in force, 32 bytes.
+        new: The key that it is to have, 32 bytes.
+
+    Raises:
+        UsageError: The file is too open.
+        SealError: It is damaged.
+    """
+    before = {rotation.key: (former, rotation) for of, former, rotation in _kept(home) if of == ledger}
+    found, key = list[Rotation](), new.hex()
+    while key != old.hex():
+        if key not in before or len(found) > len(before):
+            return None
+        key, rotation = before[key]
+        found.append(rotation)
+    return tuple(reversed(found))
 
 
 def complete_rotation(home: Home, in_force: bytes) -> None:
@@ -270,8 +312,8 @@ def check_fingerprint(public: bytes, told: str, whose: str) -> None:
     """
     if "".join(told.split()).replace("-", "") != fingerprint(public).replace(" ", ""):
         raise Refused(
-            f"The key of {whose} has the fingerprint {fingerprint(public)}, which is not the one that was given. Ask its "
-            "holder, on a way that whoever sent the key does not control."
+            f"The key of {whose} has another fingerprint than the one given. Ask its holder, on a way that whoever sent the key "
+            "does not control."
         )
 
 
@@ -355,6 +397,47 @@ def _in_force(home: Home, in_force: bytes | None) -> tuple[Path, bytes | None]:
         f"The ledger of site {home.site} has the identity {fingerprint(in_force)} in force, and {home.keys} holds "
         f"{' and '.join(map(fingerprint, there.values()))} only. Restore that directory from a backup."
     )
+
+
+def _keep(home: Home, ledger: str, old: bytes, rotation: Rotation) -> None:
+    """Let `home.rotations` hold a rotation; it is written as a whole, so that a kill leaves the old file or the new one."""
+    kept = _kept(home)
+    if (ledger, old.hex(), rotation) not in kept:
+        lines = [
+            canonical_bytes(
+                {"ledger": of, "old": former, "new": each.key, "by_old": each.by_old, "by_new": each.by_new}
+            )
+            for of, former, each in [*kept, (ledger, old.hex(), rotation)]
+        ]
+        replace_private(home.rotations, b"\n".join([ROTATIONS_FORMAT.encode(), *lines, b""]))
+
+
+def _kept(home: Home) -> list[tuple[str, str, Rotation]]:
+    """Return (ledger, old key, rotation) of each that is kept, in the order in which they were made."""
+    if not os.path.lexists(home.rotations):
+        return []
+    head, *lines = read_private(home.rotations, _LARGEST_ROTATIONS_BYTES).removesuffix(b"\n").split(b"\n")
+    found = []
+    try:
+        if head != ROTATIONS_FORMAT.encode():
+            raise ValueError
+        for line in lines:
+            tree = json.loads(line.decode("ascii"))
+            ledger, old, new, by_old, by_new = (tree[key] for key in ("ledger", "old", "new", "by_old", "by_new"))
+            if (
+                len(tree) != 5
+                or not isinstance(ledger, str)
+                or not isinstance(old, str)
+                or canonical_bytes(tree) != line
+            ):
+                raise ValueError
+            found.append((ledger, old, Rotation(key=new, by_old=by_old, by_new=by_new)))
+    except (ValueError, KeyError, TypeError, RecursionError, LedgerError):
+        raise SealError(
+            f"{home.rotations} is damaged: it must begin with {ROTATIONS_FORMAT} and have a change of keys on each line. Restore "
+            "it from a backup; without it only exports that were written since the last change can be recovered from."
+        ) from None
+    return found
 
 
 def _key_of_ledger(home: Home) -> bytes:

@@ -1,6 +1,7 @@
 """`confide site ledger …`: read the ledger, verify it, export it, go on after a loss, and renew a budget."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,15 +9,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from confide.client.opening import SITE_DIR, AsJson, NoPassphrase, PassphraseFile, SiteDir, opened, passphrase
-from confide.client.signing import KeyFile, KeyPassphraseFile, NoKeyPassphrase, SignsAs, person_here, signer
+from confide.client.signing import (
+    KeyFile,
+    KeyPassphraseFile,
+    NoKeyPassphrase,
+    SignsAs,
+    person_here,
+    reason_given,
+    signer,
+)
 from confide.client.terminal import facts, left, paragraphs, print_json, sentence, spent, table
 from confide.common.errors import ConfideError, LedgerError, UsageError
-from confide.common.wording import plain, several
+from confide.common.wording import command, plain, several
 
 if TYPE_CHECKING:
     from confide.client.home import Home
     from confide.client.seen import Seen
     from confide.common.ledger import Account, Book
+
+_KEY = re.compile(r"[0-9a-fA-F]{64}")
 
 app = typer.Typer(help="Show, verify and export the ledger, recover a lost one, renew a budget.")
 
@@ -94,6 +105,11 @@ def verify(
     """
     from confide.client.seen import replayed, seen_in, site_and_ledger
 
+    if key is not None and not _KEY.fullmatch(key):
+        raise UsageError(
+            f"--key has {len(key)} characters and is no key: 64 hexadecimal digits are. The site shows its own with: confide site key "
+            "show"
+        )
     if export is None:
         from confide.client.home import Home
         from confide.client.journal import Journal, salvage
@@ -153,7 +169,8 @@ def export(
         print_json(file=str(file), ledger=book.ledger, size=book.size, root=book.root.hex())
         return
     sentence(
-        f"Wrote {several(book.size, 'record')} to {file}. Anybody can verify it: confide site ledger verify {file}"
+        f"Wrote {several(book.size, 'record')} to {file}. Anybody can verify it: "
+        f"{command('confide', 'site', 'ledger', 'verify', file)}"
     )
 
 
@@ -192,6 +209,7 @@ def recover(
 
     if not reason.strip():
         raise UsageError('A recovery needs a reason, for the ledger, such as: --reason "The disk failed."')
+    why = reason_given(reason)
     if nothing_left and source is not None:
         raise UsageError(f"{source} is given, and --nothing-left. Leave one of them out.")
     home = Home.open(site)
@@ -199,13 +217,22 @@ def recover(
         check_needed(home, old_copy=old_copy)
         lines, checkpoint = ([], None) if nothing_left else records(home, source)
         secret = b"" if insecure_no_passphrase else passphrase(passphrase_file, f"Passphrase of {home.site}'s keys: ")
-        identity = identity_after(home, lines, secret, insecure_no_passphrase=insecure_no_passphrase)
+        identity, rotations = identity_after(
+            home, lines, secret, source=source, insecure_no_passphrase=insecure_no_passphrase
+        )
         of_site, ledger = site_and_ledger(lines) if lines else (home.site, "")
         paths = [*_own_witness(home), *(witness or [])]
         seen = [found.checkpoint for path in paths for found in seen_in(path, of_site, ledger)]
         lost = max(seen, key=lambda each: each.size, default=None)
         journal, aside = go_on(
-            home, lines, identity, reason=reason, by=person_here(by), checkpoint=checkpoint, lost=lost
+            home,
+            lines,
+            identity,
+            reason=why,
+            by=person_here(by),
+            checkpoint=checkpoint,
+            lost=lost,
+            rotations=rotations,
         )
         try:
             if journal.book.policy is None:
@@ -217,6 +244,7 @@ def recover(
         print_json(
             ledger=book.ledger,
             records=len(lines),
+            rotations=len(rotations),
             size=book.size,
             moved_aside=None if aside is None else str(aside),
             data_sets_to_register=sorted(book.lost_data_sets),
@@ -228,12 +256,19 @@ def recover(
         if lines
         else "A new ledger begins, and says that one was lost before."
     )
+    if rotations:
+        sentence(
+            f"{several(len(rotations), 'change')} of the site's key since then {'is' if len(rotations) == 1 else 'are'} recorded "
+            "again, as both keys signed it."
+        )
     if aside is not None:
         sentence(f"What was in its place is kept: {aside}")
     data = ", ".join(sorted(book.lost_data_sets))
     steps = [
         "Every account counts as fully spent. An approver may renew one if the policy allows it: confide site ledger renew",
         f"Register the data again: {data}." if data else "Register the data again: confide site data add",
+        "Who withdrew before is known by the files data/*.withdrawn only. If these may be lost too, or older than what was lost, "
+        "name again all who ever withdrew, before anything is approved: confide site data withdraw",
         "All approvals are void. Read and approve again what is to run.",
         "Tell the admins of each federation: its server and sites refuse this ledger until they let go of what they saw of the "
         "one before.",
@@ -261,6 +296,7 @@ def renew(
     from confide.client.approval import approver_name
     from confide.common.entries import Renewal
 
+    why = reason_given(reason)
     with opened(site, passphrase_file, insecure_no_passphrase=insecure_no_passphrase) as vault:
         policy, book = vault.policy(), vault.journal.book
         if account not in book.accounts:
@@ -271,7 +307,7 @@ def renew(
             recovery=book.recovery,
             account=account,
             period=book.accounts[account].period + 1,
-            reason=reason,
+            reason=why,
             by=approver_name(policy, person.identity.public.hex()),
             key=person.identity.public.hex(),
         )
@@ -302,16 +338,17 @@ def forget(
     it from its people. No agent may run meanwhile.
     """
     from confide.client.home import Home
-    from confide.common.witness import Witness
+    from confide.common.witness import MOST_REASON, Witness
 
+    why = reason_given(reason, most=MOST_REASON)
     home = Home.open(site)
     with home.lock():
-        last = Witness(home.witness).forget(federation, peer, reason)
+        last = Witness(home.witness).forget(federation, peer, why)
     if as_json:
-        print_json(federation=federation, site=peer, records=last.size, reason=reason)
+        print_json(federation=federation, site=peer, records=last.size, reason=why)
         return
     sentence(
-        f"Whatever ledger {peer} of {federation} shows next is accepted. The last one seen had {last.size} records."
+        f"Whatever ledger {peer} of {federation} shows next is accepted. The last one seen had {several(last.size, 'record')}."
     )
 
 

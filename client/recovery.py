@@ -11,10 +11,10 @@ from typing import Final
 
 from confide.client.home import Home
 from confide.client.journal import Journal, salvage
-from confide.client.keys import load_keys, public_identity
+from confide.client.keys import fingerprint, load_keys, pending_identity, public_identity, rotations_between
 from confide.common.checkpoint import Checkpoint
 from confide.common.crypto import Identity
-from confide.common.entries import Recovered
+from confide.common.entries import Recovered, Rotation
 from confide.common.errors import LedgerError, UsageError
 from confide.common.export import read_export
 from confide.common.ledger import verify
@@ -65,17 +65,43 @@ def records(home: Home, source: Path | None) -> tuple[list[bytes], Checkpoint | 
 
 
 def identity_after(
-    home: Home, lines: Sequence[bytes], passphrase: bytes, *, insecure_no_passphrase: bool = False
-) -> Identity:
-    """Return the identity that was in force at the end of these records; a new ledger takes the present one.
+    home: Home, lines: Sequence[bytes], passphrase: bytes, *, source: Path | None, insecure_no_passphrase: bool = False
+) -> tuple[Identity, tuple[Rotation, ...]]:
+    """Return the identity by which the ledger goes on, and what leads to it from the key at the end of these records.
+
+    It is the one that was in force there, if the site still has it, else the present one. A new ledger takes the present one.
+
+    Args:
+        home: The site's directory.
+        lines: The records to go on from; none for a new ledger.
+        passphrase: Opens the keys.
+        source: Where the records are from, for messages; None is the ledger at its place.
+        insecure_no_passphrase: The keys are not encrypted; the passphrase is empty then.
 
     Raises:
         LedgerError: The records do not hold.
-        UsageError: The site no longer has that identity, or there is no passphrase.
-        SealError: The passphrase is another.
+        UsageError: The site has neither that identity nor all changes of keys since, or there is no passphrase.
+        SealError: The passphrase is another, or the file with the changes of keys is damaged.
     """
-    in_force = verify(lines).key if lines else public_identity(home)
-    return load_keys(home, passphrase, in_force=in_force, insecure_no_passphrase=insecure_no_passphrase).identity
+    present = public_identity(home)
+    in_force, chain = present, tuple[Rotation, ...]()
+    if lines:
+        book = verify(lines)
+        waiting = pending_identity(home)
+        if book.key == waiting:
+            in_force = waiting
+        else:
+            found = rotations_between(home, book.ledger, book.key, present)
+            if found is None:
+                raise UsageError(
+                    f"The records in {source or home.ledger} end under the key with the fingerprint {fingerprint(book.key)}. "
+                    f"{home.keys} holds the key with the fingerprint {fingerprint(present)}, and no changes of keys that lead from the "
+                    "one to the other. Give an export that was written since the key was changed, or restore that directory from "
+                    "its newest backup. If neither can be had, begin a new ledger with --nothing-left."
+                )
+            chain = found
+    keys = load_keys(home, passphrase, in_force=in_force, insecure_no_passphrase=insecure_no_passphrase)
+    return keys.identity, chain
 
 
 def go_on(
@@ -87,17 +113,19 @@ def go_on(
     by: str,
     checkpoint: Checkpoint | None = None,
     lost: Checkpoint | None = None,
+    rotations: Sequence[Rotation] = (),
 ) -> tuple[Journal, Path | None]:
     """Return the ledger that goes on, and where the one before was moved.
 
     Args:
         home: The site's directory; its lock is the caller's.
         lines: The records to go on from; none begins a new ledger, which says that one was lost.
-        identity: What `identity_after` returned.
+        identity: Signs it; what `identity_after` returned.
         reason: What happened.
         by: Who says so.
         checkpoint: That of the export, if there is one.
         lost: The newest that anybody saw of the ledger.
+        rotations: What `identity_after` returned.
 
     Raises:
         LedgerError: The records do not hold, or are not those a checkpoint stands for, or nothing can be written. What was at
@@ -110,7 +138,14 @@ def go_on(
     try:
         if lines:
             made = Journal.restore(
-                home.ledger, lines, identity=identity, reason=reason, by=by, checkpoint=checkpoint, lost=lost
+                home.ledger,
+                lines,
+                identity=identity,
+                reason=reason,
+                by=by,
+                checkpoint=checkpoint,
+                lost=lost,
+                rotations=rotations,
             )
         else:
             size, root = (0, bytes(32)) if lost is None else (lost.size, lost.root)

@@ -4,11 +4,13 @@ import getpass
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from confide.common.errors import UsageError
+
+MOST_REASON: Final = 2000  # as in the ledger
 
 if TYPE_CHECKING:
     from confide.client.keys import Approver
@@ -36,6 +38,27 @@ def person_here(name: str | None) -> str:
         return f"user {os.getuid()}"
 
 
+def reason_given(reason: str, *, flag: str = "--reason", most: int = MOST_REASON) -> str:
+    """Return a reason as it is recorded, without white space around it; ask for it before any key is opened.
+
+    Args:
+        reason: What was typed.
+        flag: The option that it was typed for.
+        most: How many characters it may have.
+
+    Raises:
+        UsageError: It is empty, too long, or not on one line of printable characters.
+    """
+    told = reason.strip()
+    if 1 <= len(told) <= most and told.isprintable():
+        return told
+    found = "holds a line break or another character that cannot be printed" if told and not told.isprintable() else ""
+    raise UsageError(
+        f"{flag} {found or f'has {len(told)} characters'}; a reason has 1 to {most} printable characters, on one line. Say in a "
+        "sentence or two why."
+    )
+
+
 def signer(key: Path, passphrase_file: Path | None, name: str | None, *, insecure_no_passphrase: bool) -> "Approver":
     """Return the person whose key is in the file `key`.
 
@@ -55,7 +78,7 @@ def signer(key: Path, passphrase_file: Path | None, name: str | None, *, insecur
 
     whose, _ = approver_in_file(key)
     if name is not None and name != whose:
-        raise UsageError(f"The key in {key} is {whose!r}'s, not {name!r}'s. Give the person's own key file.")
+        raise UsageError(f"The key in {key} belongs to {whose!r}, not to {name!r}. Give the person's own key file.")
     if insecure_no_passphrase:
         return load_approver(key, b"", insecure_no_passphrase=True)
     if passphrase_file is None and not sys.stdin.isatty():

@@ -199,7 +199,11 @@ def test_the_same_roster_again_adds_no_record(site: Site, tmp_path: Path) -> Non
     ("words", "code", "says"),
     [
         (("--admin", ADMIN.public.hex()), 2, "Nobody is here to compare fingerprints"),
-        (("--admin", ADMIN.public.hex(), "--fingerprint", "12345 " * 8), 9, "is not the one that was given"),
+        (
+            ("--admin", ADMIN.public.hex(), "--fingerprint", "12345 " * 8),
+            9,
+            "has another fingerprint than the one given",
+        ),
         (("--admin", "zz"), 2, "is not a key of 64 hexadecimal digits"),
         (("--fingerprint", "12345 " * 8), 2, "Give both, or neither"),
         ((), 2, "does not belong to the federation"),

@@ -182,7 +182,7 @@ def test_where_two_must_approve_the_first_does_not_suffice_and_is_told_who_else_
     ("words", "by", "code", "message"),
     [
         ((), EVE, 9, "may not approve"),
-        (("--as", BEN), ANNA, 2, "is 'Anna Huber''s, not 'Ben Müller''s"),
+        (("--as", BEN), ANNA, 2, "belongs to 'Anna Huber', not to 'Ben Müller'"),
         (("--days", 91), ANNA, 9, "allows 1 to 90"),
         (("--data", "others"), ANNA, 9, "'others' is not registered"),
     ],

@@ -113,6 +113,19 @@ def test_an_approvers_key_is_its_own_persons_and_its_line_fits_into_the_policy(
     assert "is not replaced" in capsys.readouterr().err
 
 
+def test_the_entry_for_the_policy_is_printed_alone_and_a_name_that_ends_in_a_full_stop_gets_no_second(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "anna.pem"
+
+    assert run("site", "key", "approver", "Anna Huber jr.", "--out", out, "--insecure-no-key-passphrase") == 0
+
+    text = capsys.readouterr().out
+    assert "the key of Anna Huber jr.\n" in text
+    assert "Add it to [approval] approvers in the policy:" in text
+    assert "approvers = [" not in text
+
+
 @pytest.mark.parametrize("name", ["", " Anna", "Anna\nBen", "Anna \u202eneB", "A" * 101, "Anna; Ben"])
 def test_a_name_that_the_policy_would_refuse_gets_no_key(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

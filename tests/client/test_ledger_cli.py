@@ -3,6 +3,7 @@
 import json
 import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from confide.client.home import replace_private
 from confide.client.journal import Journal, salvage
+from confide.client.keys import fingerprint, public_identity
+from confide.common.canonical import canonical_bytes
 from confide.common.checkpoint import Checkpoint
 from confide.common.crypto import Identity
 from confide.common.errors import LedgerError, Refused
@@ -317,6 +321,101 @@ def test_a_lost_ledger_is_taken_up_from_its_export(site: Site, capsys: pytest.Ca
     assert (last["kind"], last["size"], last["by"]) == ("recover", size, ANNA)
     assert f"Register the data again: {DATA}." in text
     assert "Tell the admins of each federation" in text
+
+
+def lost(site: Site) -> None:
+    """Let the ledger be gone."""
+    for end in ("", "-wal", "-shm"):
+        site.home.ledger.with_name(f"ledger.db{end}").unlink(missing_ok=True)
+
+
+def test_an_export_from_before_changes_of_the_key_is_recovered_from_with_the_present_keys(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export, first = exported(site), public_identity(site.home)
+    for _ in range(2):
+        assert site.do("key", "rotate") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    lost(site)
+
+    assert site.do(*RECOVER, export, "--json") == 0
+
+    tree, book = told(capsys), Journal.look(site.home.ledger)
+    kinds = [json.loads(line)["kind"] for line in salvage(site.home.ledger)[tree["records"] :]]
+    assert kinds[:3] == ["rotate", "rotate", "recover"]
+    assert tree["rotations"] == 2
+    assert book.key == public_identity(site.home) != first
+    assert stat.S_IMODE(site.home.rotations.stat().st_mode) == 0o600
+    assert "Write a new export of the ledger: confide site ledger export FILE" in text
+    assert site.do("ledger", "export", export) == 0
+
+
+def test_without_the_changes_of_the_key_an_export_from_before_is_refused_by_name_and_both_fingerprints(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export, first = exported(site), public_identity(site.home)
+    assert site.do("key", "rotate") == 0
+    site.home.rotations.unlink()
+    lost(site)
+    capsys.readouterr()
+
+    assert site.do(*RECOVER, export) == 2
+
+    text = capsys.readouterr().err
+    for part in (str(export), fingerprint(first), fingerprint(public_identity(site.home)), "--nothing-left"):
+        assert part in text
+    assert site.do(*RECOVER, "--nothing-left") == 0
+
+
+@pytest.mark.parametrize("content", ["", "confide-rotations/2\n", "confide-rotations/1\n{}\n", None])
+def test_changes_of_the_key_that_are_damaged_or_not_signed_lead_nowhere(
+    site: Site, content: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = exported(site)
+    assert site.do("key", "rotate") == 0
+    kept = site.home.rotations.read_text(encoding="ascii")
+    if content is None:
+        line = json.loads(kept.splitlines()[1])
+        content = f"confide-rotations/1\n{canonical_bytes(line | {'by_old': line['by_new']}).decode()}\n"
+    replace_private(site.home.rotations, content.encode())
+    lost(site)
+    capsys.readouterr()
+
+    assert site.do(*RECOVER, export) in {12, 13}
+
+    assert "rotations.jsonl is damaged" in (text := capsys.readouterr().err) or "do not follow on the export" in text
+    assert not site.home.ledger.exists()
+
+
+@pytest.mark.parametrize("reason", ["two\nlines", "x" * 2001, "\x1b[31mred"])
+def test_a_reason_that_cannot_be_recorded_is_said_so_before_any_key_is_opened(
+    site: Site, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = Journal.look(site.home.ledger).size
+
+    for words in (
+        ("ledger", "recover", "--old-copy"),
+        ("ledger", "renew", "1", "--key", "none.pem"),
+        ("ledger", "forget", FEDERATION, "south"),
+        ("plan", "revoke", RUN),
+    ):
+        opens = [] if words[1] == "forget" else ["--insecure-no-passphrase"]
+        assert site.read(*words, "--reason", reason, *opens) == 2
+        assert "--reason h" in (text := capsys.readouterr().err)
+        assert "\x1b[31m" not in text
+    assert Journal.look(site.home.ledger).size == size
+
+
+def test_white_space_around_a_reason_is_not_recorded(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    assert site.do("plan", "revoke", RUN, "--reason", "  A patient objected. ") == 0
+
+    assert json.loads(salvage(site.home.ledger)[-1])["reason"] == "A patient objected."
+
+
+def test_what_is_no_key_is_not_compared_with_one(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    assert site.read("ledger", "verify", "--key", "00") == 2
+
+    assert "--key has 2 characters and is no key: 64 hexadecimal digits are." in capsys.readouterr().err
 
 
 def test_an_earlier_copy_of_the_database_is_taken_up_too(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,8 @@ BLOCK_BYTES = 1 << 18
 KEM_SEED_BYTES = 64
 KEM_PUBLIC_BYTES = 1184
 KEM_CIPHERTEXT_BYTES = 1088
-_FIELD = 2**255 - 19  # of X25519
+_FIELD = 2**255 - 19  # of X25519 and Ed25519
+# Points whose order divides 8. Of X25519, by the first coordinate: whatever is agreed with one is known.
 _LOW_ORDER = {
     0,
     1,
@@ -54,6 +55,10 @@ _LOW_ORDER = {
     325606250916557431795983626356110631294008115727848805560023387167927233504,
     39382357235489614581723060781553021112529911719440698176882885853963445705823,
 }
+# Of Ed25519, by the second coordinate, of orders 4, 1, 2, 8 and 8. A multiple of such a point is one of at most eight, so a
+# signature that holds for a message is found by trying these, without any secret.
+_EIGHTH = 2707385501144840649318225287225658788936804267575313519463743609750303402022
+_FORGEABLE = {0, 1, _FIELD - 1, _EIGHTH, _FIELD - _EIGHTH}
 CHUNK_BYTES = 1 << 20
 DELIVERY_FORMAT = b"confide-delivery/1\n"
 SEALED_FORMAT = b"confide-sealed/1\n"
@@ -103,12 +108,14 @@ def verify(public: bytes, message: bytes, signature: bytes) -> None:
     """Return if `signature`, 64 bytes, is that of `message` by the holder of `public`, 32 bytes.
 
     Raises:
-        MessageError: It is not, or the key or the signature is malformed.
+        MessageError: It is not, the key or the signature is malformed, or the key is a point of low order.
 
-    Source: RFC 8032, section 5.1.7.
+    Guarantee: no key is accepted under which anybody can sign.
+    Source: RFC 8032, section 5.1.7; the refusal of keys of low order is not in it.
     """
+    _check_signer(public)
     try:
-        key = Ed25519PublicKey.from_public_bytes(_theirs("An Ed25519 public key", public, PUBLIC_BYTES))
+        key = Ed25519PublicKey.from_public_bytes(public)
         key.verify(_theirs("A signature", signature, SIGNATURE_BYTES), message)
     except (InvalidSignature, ValueError) as error:
         raise MessageError(
@@ -784,6 +791,16 @@ def _theirs(what: str, value: bytes, length: int) -> bytes:
     if len(value) != length:
         raise MessageError(f"{what} has {len(value)} bytes, and must have {length}. Discard the message it came in.")
     return value
+
+
+def _check_signer(public: bytes) -> None:
+    """Return if `public` is 32 bytes, and no point of low order in whatever spelling: the sign, or one above 2^255 - 20."""
+    spelled = int.from_bytes(_theirs("An Ed25519 public key", public, PUBLIC_BYTES), "little")
+    if spelled % 2**255 % _FIELD in _FORGEABLE:
+        raise MessageError(
+            f"The Ed25519 public key {_fingerprint(public)} is a point of low order, for which anybody can sign. No honest key "
+            "generation makes one: refuse it, and ask whoever gave it to you for another, by another way."
+        )
 
 
 def _fingerprint(public: bytes) -> str:

@@ -59,6 +59,16 @@ NONCE = bytes(12)
 ALICE, MALLORY = Identity(b"a" * 32), Identity(b"m" * 32)
 BOB, EVE = AgreementKey(b"b" * 32), AgreementKey(b"e" * 32)
 ROUTES = ["gcm", "ctr"]
+# The second coordinates of Ed25519's eight points of low order; the last two are 0 and 1 once more, in another spelling.
+FORGEABLE = (
+    "0000000000000000000000000000000000000000000000000000000000000000",
+    "0100000000000000000000000000000000000000000000000000000000000000",
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+)
 
 
 def read(vector: dict[str, str]) -> dict[str, bytes]:
@@ -103,6 +113,19 @@ def test_a_signature_holds_for_one_key_one_message_and_all_its_bits() -> None:
     for forgery in forgeries:
         with pytest.raises(MessageError):
             verify(*forgery)
+
+
+@pytest.mark.parametrize("sign", [0, 0x80])
+@pytest.mark.parametrize("coordinate", FORGEABLE)
+def test_a_key_under_which_anybody_can_sign_is_refused(coordinate: str, sign: int) -> None:
+    public = bytearray.fromhex(coordinate)
+    public[31] |= sign
+    points = [bytes.fromhex(each[:-2]) + bytes([int(each[-2:], 16) | bit]) for each in FORGEABLE for bit in (0, 0x80)]
+
+    for number in range(20):
+        for point in points:  # with such a key, one of these is a signature of some of these messages
+            with pytest.raises(MessageError, match="point of low order, for which anybody can sign"):
+                verify(bytes(public), b"approve plan %d" % number, point + bytes(32))
 
 
 @pytest.mark.parametrize("vector", VECTORS["x25519"], ids=lambda v: str(v["source"]))

@@ -330,8 +330,8 @@ def replace_private(path: Path, content: bytes) -> None:
         UsageError: It cannot be written; what was there is there.
     """
     with _written(path), whole(path) as draft:
-        draft.unlink(missing_ok=True)  # of a process that had the same number and was killed
-        _write_new(draft, content)
+        draft.chmod(0o600)  # the umask may have taken the owner's bits
+        draft.write_bytes(content)
 
 
 def read_private(path: Path, most_bytes: int) -> bytes:

@@ -68,7 +68,6 @@ class Kept:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with whole(self._path(number)) as draft:
-                draft.touch(mode=0o600)
                 draft.write_bytes(seal_bytes(content, self._key, self._purpose(number)))
         self._memory[number] = vector
         return sha256(content)

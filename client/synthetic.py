@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from confide.common.disk import whole
+from confide.common.disk import READABLE, whole
 from confide.common.errors import MissingPackage, UsageError
 from confide.common.plan import REGRESSION, TOKEN_CLASSES, Plan, template_columns
 
@@ -71,7 +71,7 @@ def write_synthetic(plan: Plan, path: Path, persons: int, *, seed: int = 0) -> N
         )
     rows = synthetic_rows(plan, persons, seed)
     try:
-        with whole(path) as draft, draft.open("w", encoding="utf-8", newline="") as stream:
+        with whole(path, READABLE) as draft, draft.open("w", encoding="utf-8", newline="") as stream:
             write = _csv_lines(stream) if form == ".csv" else _json_lines(stream)
             for number, row in enumerate(rows, start=1):
                 write({column: _beside(path, number, value) for column, value in row.items()})

@@ -125,7 +125,6 @@ class Trail:
     def _put_aside(self, path: Path, size: int, torn: bytes) -> None:
         aside = path.with_name(f"{path.stem}-{size}.torn")
         with whole(aside) as draft:
-            draft.touch(mode=0o600)
             draft.write_bytes(torn)
         with path.open("r+b") as stream:
             stream.truncate(size)
@@ -142,7 +141,6 @@ class Trail:
             number = 1 if path is None else _number(path) + 1
             path, size = self._folder / f"trail-{number:06}.jsonl", 0
             with whole(path) as draft:  # so that a file has its first line from its first moment
-                draft.touch(mode=0o600)
                 draft.write_bytes(line)
         else:
             append(path, line)

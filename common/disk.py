@@ -3,16 +3,28 @@
 import contextlib
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
+
+READABLE: Final = 0o666  # for everybody whom the umask lets
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Give a path to write to; afterwards the file is at `path`, on disk and whole, in place of what was there."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+def whole(path: Path, mode: int = 0o600) -> Iterator[Path]:
+    """Give an empty file to write to; afterwards it is at `path`, on disk and whole, in place of what was there.
+
+    Nobody knows its name before it is there, and it is no link: in a directory where others may write too, none of them can
+    have what is written go elsewhere.
+
+    Args:
+        path: Where it is to be.
+        mode: Its mode, cut by the umask; by default for its owner only.
+    """
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
+        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode))
         yield draft
         with draft.open("rb") as stream:
             os.fsync(stream.fileno())

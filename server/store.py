@@ -16,7 +16,7 @@ from pathlib import Path
 
 from confide.common.adapter import Floats, Layout, load_vector, save_vector
 from confide.common.canonical import canonical_bytes
-from confide.common.disk import whole
+from confide.common.disk import READABLE, whole
 from confide.common.errors import AdapterError, RunError
 from confide.common.messages import vector_digest
 from confide.server.aggregate import ServerState
@@ -93,7 +93,7 @@ class Store:
                 raise ValueError
         except (ValueError, TypeError, KeyError, RecursionError):
             raise RunError(f"{path} is damaged. Remove it; sites may then refuse one round.") from None
-        with whole(path) as draft:
+        with whole(path, READABLE) as draft:
             draft.write_bytes(canonical_bytes({"round": number, "attempt": attempt}))
         return attempt
 
@@ -141,12 +141,12 @@ class Store:
         """Return once the round is on disk, the record last."""
         number = record.round
         if not self._adapter(record.adapter).exists():
-            with whole(self._adapter(record.adapter)) as path:
+            with whole(self._adapter(record.adapter), READABLE) as path:
                 save_vector(path, state.adapter, layout)
         for name, moment in state.moments.items():
-            with whole(self._moment(number, name)) as path:
+            with whole(self._moment(number, name), READABLE) as path:
                 save_vector(path, moment, layout)
-        with whole(self._record(number)) as path:
+        with whole(self._record(number), READABLE) as path:
             path.write_bytes(_spelled(record))
         self.records.append(record)
         for stale in (self.root / "moments").glob(f"{number - 1:04}-*.safetensors"):

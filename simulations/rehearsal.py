@@ -15,7 +15,6 @@ made-up rows for it, not real ones.
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
@@ -26,7 +25,7 @@ from confide.client.data import load_reader, read_examples
 from confide.client.synthetic import write_synthetic
 from confide.common.canonical import canonical_bytes
 from confide.common.crypto import PUBLIC_BYTES, Identity
-from confide.common.disk import whole
+from confide.common.disk import READABLE, whole
 from confide.common.errors import MessageError, RunError, UsageError
 from confide.common.examples import Examples
 from confide.common.messages import Envelope, kind_of
@@ -120,10 +119,9 @@ class Rehearsal:
             "peers": {name: Identity.generate().seed().hex() for name in _PEERS[:peers]},
         }
         with whole(directory / _KEYS) as draft:
-            os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             draft.write_bytes(canonical_bytes(fields))
         begun = cls(directory)
-        with whole(directory / ROSTER) as draft:
+        with whole(directory / ROSTER, READABLE) as draft:
             draft.write_bytes(begun.roster.signed([begun.admin]))
         return begun
 
@@ -212,7 +210,7 @@ class Rehearsal:
         root = self.directory / "runs" / run
         root.mkdir(parents=True, exist_ok=True)
         if not (root / _SIGNED).exists():
-            with whole(root / _SIGNED) as draft:
+            with whole(root / _SIGNED, READABLE) as draft:
                 draft.write_bytes(signed)
         if (root / _SIGNED).read_bytes() != signed:
             raise RunError(

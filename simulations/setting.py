@@ -6,7 +6,7 @@ from pathlib import Path
 
 from confide.client.noise import CRYPTOGRAPHIC
 from confide.common.base import files_digest
-from confide.common.disk import whole
+from confide.common.disk import READABLE, whole
 from confide.common.entries import SEEDED
 from confide.common.errors import RunError, UsageError
 from confide.common.plan import load_plan
@@ -113,7 +113,7 @@ def begin(directory: Path, plan_file: Path, setting: Setting) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "plan.toml").write_bytes(plan_file.read_bytes())
-        with whole(directory / "setting.json") as draft:
+        with whole(directory / "setting.json", READABLE) as draft:
             draft.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"Cannot write to {directory}: {error.strerror or error}. Give another --out.") from None

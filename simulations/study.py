@@ -23,7 +23,7 @@ from confide.client.private_trainer import PrivateTrainer
 from confide.common.accounting import planned_cost
 from confide.common.adapter import Floats
 from confide.common.calibration import noise_multiplier
-from confide.common.disk import lock, whole
+from confide.common.disk import READABLE, lock, whole
 from confide.common.errors import RunError
 from confide.common.examples import Examples, union
 from confide.common.messages import Envelope, Start, kind_of
@@ -236,7 +236,7 @@ class Study:
         if not path.exists():
             found = self._evaluated(self.model, adapter(), personal)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole(path) as draft:
+            with whole(path, READABLE) as draft:
                 draft.write_text(json.dumps(found), encoding="utf-8")
         value = float(json.loads(path.read_bytes())[self.plan.task.decides])
         if name != "federated":
@@ -306,7 +306,7 @@ class Study:
             "setting": json.loads((self.directory / "setting.json").read_bytes()),
             "adapter": str(self.directory / "adapter"),
         }
-        with whole(self.directory / "run.json") as draft:
+        with whole(self.directory / "run.json", READABLE) as draft:
             draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         return result
 

@@ -1,11 +1,13 @@
 """A ledger's export: read as it was written, or refused."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from confide.common import export as exports
 from confide.common.entries import Refund
 from confide.common.errors import LedgerError, UsageError
 from confide.common.export import read_export, write_export
@@ -54,6 +56,39 @@ def test_an_export_that_does_not_end_with_its_checkpoint_is_refused(
     path.write_bytes(change(path.read_bytes()))
 
     with pytest.raises(LedgerError, match=r"cut short"):
+        read_export(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\n" * 100_000, "Line 1 of .* has 0 bytes, and a record has at least 128"),
+        (b"{" * (1 << 24) + b"\n", "Line 1 of .* has more than 65536 bytes"),
+        (b'{"seq":1}\n' * 1000, "Line 1 of .* has 9 bytes"),
+    ],
+    ids=["empty lines", "one endless line", "short lines"],
+)
+def test_of_a_file_that_is_no_export_no_more_is_read_than_shows_it(tmp_path: Path, content: bytes, told: str) -> None:
+    path = tmp_path / "export.jsonl"
+    path.write_bytes(content)
+    tracemalloc.start()
+
+    with pytest.raises(LedgerError, match=told):
+        read_export(path)
+
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_what_is_longer_than_an_export_may_be_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book, lines = SMALL
+    path = tmp_path / "export.jsonl"
+    write_export(path, lines, signed(book), book.key)
+    monkeypatch.setattr(exports, "LARGEST_EXPORT_BYTES", path.stat().st_size - 1)
+
+    with pytest.raises(LedgerError, match="bytes, which no ledger's export has"):
         read_export(path)
 
 

@@ -333,3 +333,13 @@ def test_of_one_ledger_never_two_roots_at_one_size_a_smaller_size_or_fewer_reser
 def test_a_hostile_text_raises_only_our_refusal(text: str, key: bytes) -> None:
     with pytest.raises(Refused):
         Witness().see(HEART, "anna", key, text)
+
+
+def test_only_its_owner_reads_what_a_witness_remembers(path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        shown(Witness(path), 1)
+    finally:
+        os.umask(before)
+
+    assert path.stat().st_mode & 0o777 == 0o600

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
 from typing import Self
 
-from confide.client.home import Home
+from confide.client.home import Home, read_private
 from confide.client.journal import Journal
-from confide.client.policy import Policy, load_policy, spelled_key, starter
+from confide.client.policy import LARGEST_POLICY_BYTES, Metrics, Policy, read_policy, spelled_key, starter
 from confide.client.terminal import spent
 from confide.common import plan as plans
 from confide.common.accounting import planned_cost, planned_spend
@@ -27,6 +27,7 @@ from confide.common.roster import Roster
 from confide.common.settings import toml_value
 
 _ROUNDING = 1e-9  # relative; more than what adding up a hundred thousand rounds one by one can come to
+_MOST_NOISE = 10_000  # of a statistic; the largest number that the policy can ask for
 _LIBRARIES_MB = 4096  # for libraries and a base model of usual size, beside what a plan says
 
 
@@ -117,9 +118,9 @@ def judge_hours(policy: Policy, now: float) -> tuple[Refusal, ...]:
     return (Refusal(rule="hours", sentence=sentence),)
 
 
-def judge_release(policy: Policy, what: str, noise: float) -> tuple[Refusal, ...]:
-    """Return every reason why the statistic `what`, noised with this noise multiplier, must not leave."""
-    metrics, found = policy.metrics, []
+def judge_release(metrics: Metrics, what: str, noise: float) -> tuple[Refusal, ...]:
+    """Return every reason why the statistic `what`, noised with this noise multiplier, must not leave under `[metrics]`."""
+    found = []
     if what not in metrics.leave:
         found.append(
             Refusal(
@@ -127,12 +128,13 @@ def judge_release(policy: Policy, what: str, noise: float) -> tuple[Refusal, ...
                 sentence=f"{what!r} would leave; [metrics] leave allows {_several(metrics.leave)}. {_CHANGE}",
             )
         )
-    if not metrics.smallest_noise_multiplier <= noise < math.inf:
+    if not metrics.smallest_noise_multiplier <= noise <= _MOST_NOISE:
         found.append(
             Refusal(
                 rule="noise",
                 sentence=f"{what!r} would leave with a noise multiplier of {noise:g}; [metrics] smallest_noise_multiplier is "
-                f"{metrics.smallest_noise_multiplier:g}. Release it with more noise, or change the policy.",
+                f"{metrics.smallest_noise_multiplier:g}, and {_MOST_NOISE} is the most there is. Release it with noise between the two, "
+                "or change the policy.",
             )
         )
     return tuple(found)
@@ -266,7 +268,8 @@ def enforced(home: Home, journal: Journal) -> Policy:
     """Return the policy as it is on disk, once the ledger says that it is in force.
 
     Raises:
-        UsageError: It is missing or malformed, or another site's; then nothing is allowed.
+        UsageError: It is missing or malformed, open to others, no plain file of this user's, or another site's; then nothing is
+            allowed.
         LedgerError: The ledger cannot be written.
     """
     policy = policy_of(home)
@@ -280,9 +283,10 @@ def policy_of(home: Home) -> Policy:
     """Return a site's policy as it is on disk; whether the ledger judges by it already is not asked.
 
     Raises:
-        UsageError: It is missing or malformed, or another site's; then nothing is allowed.
+        UsageError: It is missing or malformed, open to others, no plain file of this user's, or another site's; then nothing is
+            allowed.
     """
-    policy = load_policy(home.policy)
+    policy = read_policy(read_private(home.policy, LARGEST_POLICY_BYTES), str(home.policy))
     if policy.site != home.site:
         raise UsageError(
             f"The policy {home.policy} is for the site {policy.site!r}, and this is {home.site!r}. Write this site's own."

@@ -292,8 +292,8 @@ class Answers:
     """`[answers]`: what an onlooker may learn from time."""
 
     hold_s: int = setting(
-        "Answers are held back until so many seconds after the request, so that how long training took stays here; 0 sends "
-        "them at once.",
+        "Answers are held back until so many seconds after the request, so that how long training took stays here; more than "
+        "[compute] round_s, or 0, which sends them at once.",
         default=0,
         at_least=0,
         at_most=7 * 86_400,
@@ -573,6 +573,7 @@ def _hours_faults(hours: Hours) -> Iterator[str]:
 def _contradictions(policy: Policy) -> Iterator[str]:
     """Yield what is wrong between settings that are each fine alone."""
     budget, federation, approval, renewal = policy.budget, policy.federation, policy.approval, policy.renewal
+    hold_s, round_s = policy.answers.hold_s, policy.compute.round_s
     for key in ("epsilon", "delta"):
         one, all_of_them = getattr(budget, f"plan_{key}"), getattr(budget, key)
         if one > all_of_them:
@@ -595,6 +596,11 @@ def _contradictions(policy: Policy) -> Iterator[str]:
         yield (
             f"[approval] signatures = {approval.signatures} exceeds the {len(approval.approvers)} approvers. Add another "
             "person, or lower it."
+        )
+    if 0 < hold_s <= round_s:
+        yield (
+            f"[answers] hold_s = {hold_s} is not above [compute] round_s = {round_s}: what takes longer than hold_s is answered "
+            "later, and tells so. Raise hold_s, lower round_s, or set hold_s to 0."
         )
     if bool(renewal.after_days) != bool(renewal.most):
         yield (

@@ -15,9 +15,11 @@ import numpy as np
 
 from confide.client.data import BEYOND, load_reader, read_examples
 from confide.client.journal import Journal
+from confide.client.judgement import judge_release, require
 from confide.client.mechanism import Randomness
 from confide.client.noise import CryptographicNoise, rounded_gaussian
-from confide.client.policy import LABEL_HISTOGRAM
+from confide.client.persons import read_persons
+from confide.client.policy import LABEL_HISTOGRAM, Metrics
 from confide.client.rows import (
     EMPTY,
     LABEL_COUNT,
@@ -48,7 +50,6 @@ DECLARED_CHECKS: Final = ("same-unit", "declared-persons", "delta")
 ROW_CHECKS: Final = ("readable", "enough-persons", "every-label", "within-cap")
 _GRID = 1 << 20  # parts into which a person is shared among labels
 _REFUSED = ("", "refuse")  # what becomes of a row if the plan has no key for the reason
-_MOST_NOISE = 10_000
 _LONGEST_TEXT = 8192  # tokens; the most a plan can read
 
 
@@ -249,6 +250,7 @@ def label_histogram(
     *,
     noise_multiplier: float,
     least_noise_multiplier: float | None,
+    person_key: bytes | None = None,
     left_out: Collection[int] = (),
     randomness: Randomness | None = None,
 ) -> LabelHistogram:
@@ -264,6 +266,8 @@ def label_histogram(
         journal: The site's ledger; every account of the data set is charged.
         noise_multiplier: The noise's standard deviation over what one person can change; so it is in persons.
         least_noise_multiplier: The smallest that the policy allows; None if it lets no histogram leave.
+        person_key: `Registry.person_key`, by which it is seen that the table is still the registered one once it has been
+            read; None if nobody can exchange it meanwhile.
         left_out: The numbers of rows that are not to be read.
         randomness: Where the noise comes from; fresh draws of the operating system's if absent.
 
@@ -272,27 +276,25 @@ def label_histogram(
         Refused: The policy does not allow it, an account has no room for it, or the plan tells persons apart by another
             column than the one they were registered by.
         LedgerError: The ledger cannot be written.
-        DataError: The table cannot be read.
+        DataError: The table cannot be read, or is not the registered one any more.
 
+    Guarantee: the rows that are counted are those whose fingerprint the ledger has.
     Guarantee: the ledger holds the release before any noised number exists.
     Guarantee: what one person's rows can change has an L2 norm of at most 1 before noise.
     """
     if plan.task.kind not in CLASSES:
         raise UsageError(f"{plan.task.kind} has no labels to count. Only {', '.join(CLASSES)} do.")
     check_unit(data, plan)  # by another unit one person would count as several
-    if least_noise_multiplier is None:
-        raise Refused(
-            "The policy lets no histogram of labels leave. Allow it in [metrics], or leave it out.", rule="data"
-        )
-    if not least_noise_multiplier <= noise_multiplier <= _MOST_NOISE:
-        raise Refused(
-            f"A noise multiplier of {noise_multiplier:g} is outside its range ({least_noise_multiplier:g}, which the policy "
-            f"asks for, to {_MOST_NOISE}).",
-            rule="noise",
-        )
+    metrics = Metrics(
+        leave=() if least_noise_multiplier is None else (LABEL_HISTOGRAM,),
+        smallest_noise_multiplier=least_noise_multiplier or noise_multiplier,
+    )
+    require(judge_release(metrics, LABEL_HISTOGRAM, noise_multiplier))
     seen = _Seen(plan)
     _read(path, plan, left_out, Faults(path, {}), seen)
     shares = seen.shares()
+    if person_key is not None:
+        _check_same(path, data, person_key)
     release = Release(data=data.data, what=LABEL_HISTOGRAM, noise_multiplier=noise_multiplier)
     journal.append(release)
     noise = rounded_gaussian(randomness or CryptographicNoise(), noise_multiplier * _GRID, len(shares))
@@ -368,6 +370,15 @@ def _read(path: Path, plan: Plan, left_out: Collection[int], faults: Faults, see
         except Unusable as fault:
             faults.add(row, fault)
     return withdrawn
+
+
+def _check_same(path: Path, data: DataSet, key: bytes) -> None:
+    """Return if the rows that were just read are the registered ones: others' budgets would not have been charged."""
+    if read_persons(path, data.person_id or None, key, data.ids).fingerprint != data.fingerprint:
+        raise DataError(
+            f"The table {path} changed while it was read, and nothing was released of it. Let it be, or register it again: "
+            "confide site data add"
+        )
 
 
 def _by_model(path: Path, plan: Plan, model: Path) -> tuple[dict[str, int], list[str], Ints | None]:

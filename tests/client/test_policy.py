@@ -32,7 +32,7 @@ def test_a_starter_is_valid_and_allows_nothing_until_it_is_edited() -> None:
 
     assert {"base-model", "compute", "federation", "targets", "task"} <= {refusal.rule for refusal in found}
     assert any(judge_hours(begun, NOON + 3600.0 * hour) == () for hour in range(7 * 24)) is False
-    assert judge_release(begun, LABEL_HISTOGRAM, 1e4) != ()
+    assert judge_release(begun.metrics, LABEL_HISTOGRAM, 1e4) != ()
     assert begun.approvers == {}
     assert begun.in_force().approvers == ()
 
@@ -75,6 +75,7 @@ def test_the_ledger_is_told_what_it_judges_by() -> None:
 
 
 OTHERS: dict[str, Any] = {
+    "answers__hold_s": 3601,
     "federation__known_sites": [f"north {key(3).hex()}"],
     "metrics__leave": [LABEL_HISTOGRAM],
     "federation__words": ["semi_honest_graph"],
@@ -253,6 +254,15 @@ def test_an_approver_may_have_a_name_of_any_language(name: str) -> None:
     found = policy(approval__approvers=[approver_entry(name, key(9))])
 
     assert found.approvers == {key(9).hex(): name}
+
+
+def test_answers_are_held_for_longer_than_a_round_may_take_or_not_at_all() -> None:
+    for hold_s in (0, 3601):
+        assert policy(answers__hold_s=hold_s, compute__round_s=3600).answers.hold_s == hold_s
+
+    for hold_s in (1, 3600):
+        with pytest.raises(UsageError, match=rf"hold_s = {hold_s} is not above \[compute\] round_s = 3600"):
+            policy(answers__hold_s=hold_s, compute__round_s=3600)
 
 
 def test_a_policy_that_is_not_there_allows_nothing(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings, strategies
 
+from confide.client import readiness
 from confide.client.journal import Journal
 from confide.client.noise import CryptographicNoise
 from confide.client.readiness import (
@@ -412,6 +413,27 @@ def test_a_histogram_beyond_the_policy_does_not_leave(
 
     assert caught.value.rule == rule
     assert journal.book.releases == ()
+
+
+def test_the_rows_that_a_histogram_counts_are_those_whose_fingerprint_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, path = new_journal(), table(tmp_path / "a.csv", ROWS)
+    data, key = registered(journal, path, tmp_path), Registry(tmp_path / "data", journal, bytes(32)).person_key
+    read = readiness._read
+
+    def exchanged(*arguments: Any) -> int:
+        table(path, [("p9", "somebody else's", "yes")])
+        return read(*arguments)
+
+    label_histogram(path, plan_for(), data, journal, noise_multiplier=20.0, least_noise_multiplier=10.0, person_key=key)
+    monkeypatch.setattr(readiness, "_read", exchanged)
+    with pytest.raises(DataError, match="changed while it was read, and nothing was released"):
+        label_histogram(
+            path, plan_for(), data, journal, noise_multiplier=20.0, least_noise_multiplier=10.0, person_key=key
+        )
+
+    assert len(journal.book.releases) == 1
 
 
 def test_a_histogram_counts_no_person_as_several(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """An agent beside files of its site that are of different days, or that change while it runs."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from confide.common.roster import Roster
 from confide.common.witness import Witness
 from tests import living
 from tests.conftest import plan_text
-from tests.living import ADMIN, FEDERATION, NAME, Living
+from tests.living import ADMIN, FEDERATION, NAME, Living, failure
 
 
 @pytest.fixture
@@ -61,9 +62,32 @@ def test_a_limit_that_a_running_agent_cannot_change_stops_it_until_it_is_started
 
     with site.worker() as worker, worker.ready() as answer:
         told.append(open_envelope(answer(asked)))
-        for setting in ({"hold_s": 700}, {"round_s": 50}, {"memory_mb": 7000}):
+        for setting in ({"hold_s": 7000}, {"round_s": 50}, {"memory_mb": 7000}):
             replace_private(site.home.policy, original)
             site.change_policy(**setting)
             told.append(open_envelope(answer(asked)))
 
     assert [each.rule for each in told if isinstance(each, Failure)] == ["", *["compute"] * 3]
+
+
+def test_a_policy_that_others_may_write_or_that_lies_elsewhere_allows_nothing_from_the_next_message_on(
+    site: Living,
+) -> None:
+    asked, told, path = seal(Survivors(context="x", sites=b"")), [], site.home.policy
+    content, elsewhere = path.read_bytes(), site.root / "elsewhere.toml"
+    elsewhere.write_bytes(content)
+
+    with site.worker() as worker, worker.ready() as answer:
+        told.append(open_envelope(answer(asked)))
+        path.chmod(0o666)
+        told.append(open_envelope(answer(asked)))
+        path.unlink()
+        path.symlink_to(elsewhere)
+        told.append(open_envelope(answer(asked)))
+        path.unlink()
+        os.mkfifo(path, 0o600)
+        told.append(open_envelope(answer(asked)))
+        path.unlink()
+        told.append(open_envelope(answer(asked)))
+
+    assert [failure(each).error for each in told] == ["Refused", *["UsageError"] * 4]

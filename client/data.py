@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from confide.client.images import ImageError, ImagePathError, ImageReader, load_image_reader
+from confide.client.persons import identifier
 from confide.client.rows import (
     EMPTY,
     LABEL_COUNT,
@@ -82,9 +83,9 @@ def read_examples(
 ) -> Reading:
     """Read the table `path` as the plan says; two readings of one file give the same examples.
 
-    Persons are numbered in the order in which they first appear. Identifiers are compared as text, without the white
-    space around them; without a `person_id` column each row is a person. What a row's targets are is said in
-    docs/howto/tasks.md for each kind of task.
+    Persons are numbered in the order in which they first appear. Identifiers are compared in the one spelling that
+    `persons.identifier` gives them; without a `person_id` column each row is a person. What a row's targets are is said
+    in docs/howto/tasks.md for each kind of task.
 
     Args:
         path: A file or directory that `read_table` knows.
@@ -265,7 +266,7 @@ class _Rows:
         # are sampled and clipped as one, which protects both no less.
         person = len(self.persons)
         if used.person is not None:
-            digest = hashlib.blake2b(used.person.strip().encode(), digest_size=8)
+            digest = hashlib.blake2b(identifier(used.person).encode(), digest_size=8)
             person = int.from_bytes(digest.digest(), "big")
         self.lengths.append(length)
         self.second.append(second)

@@ -5,6 +5,7 @@ its whole content; without the site's key neither can be computed or checked.
 """
 
 import dataclasses
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Persons:
 def read_persons(path: Path, person_id: str | None, key: bytes, ids: str = SAME_PERSONS) -> Persons:
     """Read who is in the table `path`, a row at a time; of each row 64 bytes stay in memory, and for a moment some 300.
 
-    Identifiers are compared as `client/data` compares them: as text, without white space around them.
+    Identifiers are compared as `client/data` compares them, by `identifier`.
 
     Args:
         path: A file or directory that `read_table` knows.
@@ -101,8 +102,17 @@ def read_persons(path: Path, person_id: str | None, key: bytes, ids: str = SAME_
 
 
 def person_digest(key: bytes, ids: str, value: str) -> bytes:
-    """Return the 32 bytes by which the person with this identifier is known; white space around it does not count."""
-    return keyed_digest(key, _PERSON, ids.encode(), value.strip().encode())
+    """Return the 32 bytes by which the person with this identifier, in whatever spelling, is known."""
+    return keyed_digest(key, _PERSON, ids.encode(), identifier(value).encode())
+
+
+def identifier(value: str) -> str:
+    """Return the one spelling of a person's identifier, by which persons are told apart everywhere.
+
+    White space around it does not count, nor whether an accented letter is written as one character or as a letter with an
+    accent after it (Unicode's NFC): programs differ in that, and the same person must not have two budgets.
+    """
+    return unicodedata.normalize("NFC", value.strip())
 
 
 def row_digest(key: bytes, ids: str, cells: Mapping[str, Cell | None]) -> bytes:
@@ -153,8 +163,11 @@ def accounts_for(overlap: Collection[str], before: Collection[str], unused: str)
 
 
 def declared(persons: int) -> int:
-    """Return the number of persons a site makes public: two leading digits, rounded down."""
-    unit = 10 ** max(0, len(str(persons)) - 2)
+    """Return the number of persons a site makes public: two leading digits, below 100 persons one, rounded down.
+
+    So from 10 persons on it is not their exact number, except by chance.
+    """
+    unit = 10 ** max(0, len(str(persons)) - (2 if persons >= 100 else 1))
     return int(persons // unit * unit)
 
 

@@ -18,7 +18,7 @@ from confide.client.journal import Journal
 from confide.client.judgement import judge_release, require
 from confide.client.mechanism import Randomness
 from confide.client.noise import CryptographicNoise, rounded_gaussian
-from confide.client.persons import read_persons
+from confide.client.persons import identifier, read_persons
 from confide.client.policy import LABEL_HISTOGRAM, Metrics
 from confide.client.rows import (
     EMPTY,
@@ -320,7 +320,7 @@ class _Seen:
     def add(self, used: UsedRow) -> None:
         owner = len(self._owners)
         if used.person is not None:
-            owner = self._persons.setdefault(used.person.strip(), len(self._persons))
+            owner = self._persons.setdefault(identifier(used.person), len(self._persons))
         self._owners.append(owner)
         self.characters.append(used.size + len(used.pair or "") + len(used.answer))
         if self._plan.task.kind in CLASSES:

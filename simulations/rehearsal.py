@@ -244,7 +244,7 @@ class _Channel:
 
 
 def _persons(plan: Plan) -> int:
-    """Return the fewest persons whose number, declared to two digits, is what the plan asks for."""
+    """Return the fewest persons whose number, as it is declared, is what the plan asks for."""
     least = plan.privacy.min_persons
-    unit = 10 ** max(0, len(str(least)) - 2)
+    unit = 10 ** max(0, len(str(least)) - (2 if least >= 100 else 1))
     return int(-(-least // unit) * unit)

@@ -11,6 +11,7 @@ import string
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,14 @@ def test_the_same_identifier_as_number_and_as_text_is_one_person(tmp_path: Path,
     examples = read_examples(save_lines(tmp_path / "rows.jsonl", *rows), plan_of(person_id="who"), tokenizer).examples
 
     assert examples.persons.tolist() == [0, 0, 0, 1, 2]
+
+
+def test_an_identifier_spelled_with_other_accents_is_the_same_person(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"text": "good", "label": "pos", "who": unicodedata.normalize(form, "Müller")} for form in ("NFC", "NFD")]
+
+    examples = read_examples(save_lines(tmp_path / "rows.jsonl", *rows), plan_of(person_id="who"), tokenizer).examples
+
+    assert examples.persons.tolist() == [0, 0]
 
 
 def test_later_rows_of_a_person_are_left_out_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:

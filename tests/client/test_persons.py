@@ -2,16 +2,19 @@
 
 import csv
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from hypothesis import given, settings, strategies
 
-from confide.client.persons import accounts_for, declared, person_digest, read_persons, row_digest
+from confide.client.persons import SAME_PERSONS, accounts_for, declared, person_digest, read_persons, row_digest
 from confide.client.table import Cell
+from confide.common.crypto import keyed_digest
 from confide.common.errors import DataError
 
 KEY, OTHER_KEY = bytes(range(32)), bytes(32)
@@ -215,6 +218,29 @@ def test_columns_that_no_plan_could_use_count_all_the_same(tmp_path: Path) -> No
     assert len(digests) == 4
 
 
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_person_is_the_same_however_the_accents_of_her_identifier_are_spelled(
+    tmp_path: Path, form: Literal["NFC", "NFD"]
+) -> None:
+    name = "José Müller"
+    composed, apart = unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)
+    one = written(tmp_path / "one.csv", [(unicodedata.normalize(form, name), "x", "0")])
+    both = written(tmp_path / "both.csv", [(composed, "y", "0"), (f"{apart} ", "z", "1")])
+
+    person = read_persons(one, "patient", KEY).digests
+    found = read_persons(both, "patient", KEY)
+
+    assert composed != apart
+    assert found.count == 1
+    assert found.digests == 2 * person == 2 * person_digest(KEY, SAME_PERSONS, apart)
+
+
+def test_an_identifier_in_ascii_has_the_hash_that_it_always_had() -> None:
+    expected = keyed_digest(KEY, b"confide-person/1", b"person", b"AT-4711")
+
+    assert person_digest(KEY, SAME_PERSONS, " AT-4711\n") == expected
+
+
 def test_whoever_overlaps_nobody_opens_an_account() -> None:
     charged = accounts_for(frozenset(), (), "3")
 
@@ -242,8 +268,22 @@ def test_every_person_s_account_is_among_those_that_are_charged(
 
 
 @pytest.mark.parametrize(
-    ("persons", "public"), [(1, 1), (99, 99), (100, 100), (109, 100), (1299, 1200), (999_999, 990_000)]
+    ("persons", "public"),
+    [
+        (1, 1),
+        (9, 9),
+        (10, 10),
+        (57, 50),
+        (99, 90),
+        (100, 100),
+        (109, 100),
+        (123, 120),
+        (1299, 1200),
+        (999_999, 990_000),
+    ],
 )
-def test_two_digits_of_the_number_of_persons_are_made_public(persons: int, public: int) -> None:
+def test_two_digits_of_the_number_of_persons_are_made_public_and_below_100_persons_one(
+    persons: int, public: int
+) -> None:
     assert declared(persons) == public
     assert declared(public) == public

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import typing
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,14 @@ def test_checks_that_do_not_exist_or_were_not_made_are_not_told() -> None:
         readiness_report(data_set(), plan_for(), check=found(), tell=["persons"])
     with pytest.raises(UsageError, match="has to be checked first"):
         readiness_report(data_set(), plan_for(), tell=["readable"])
+
+
+def test_persons_are_counted_whatever_the_spelling_of_their_accents(tmp_path: Path) -> None:
+    rows: list[Row] = [(unicodedata.normalize(form, "Müller"), "good", "yes") for form in ("NFC", "NFD")]
+
+    check = examine(table(tmp_path / "a.csv", rows), plan_for(), declared_persons=1)
+
+    assert check.persons == 1
 
 
 def test_a_histogram_counts_each_person_as_one_and_says_its_noise_and_cost(tmp_path: Path) -> None:

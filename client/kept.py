@@ -45,15 +45,21 @@ class Kept:
         """Return whether round `number` has a vector here."""
         return number in self._memory or (self._folder is not None and self._path(number).exists())
 
-    def get(self, number: int, layout: RingLayout, commitment: str | None = None) -> RingVector | None:
+    def get(self, number: int, layout: RingLayout, commitment: str | None) -> RingVector | None:
         """Return the vector of round `number`, or None if there is none.
+
+        Args:
+            number: The round.
+            layout: The ring's.
+            commitment: What `put` returned for it, as the ledger has it; None if the ledger has nothing. A file is read only
+                if it holds what was committed to.
 
         Raises:
             SealError: Its file is damaged, sealed with another key, or not of the vector that was committed to.
         """
         if number not in self._memory and self.holds(number):
             plain = unseal_bytes(self._path(number).read_bytes(), self._key, self._purpose(number))
-            if commitment not in {None, sha256(plain)}:
+            if sha256(plain) != commitment:
                 raise SealError(f"{self._path(number)} holds another vector than the record of spends commits to.")
             words = np.frombuffer(plain[_SALT_BYTES:], layout.dtype.newbyteorder("<")).astype(layout.dtype)
             if len(words) != layout.size:

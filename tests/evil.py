@@ -248,7 +248,8 @@ class Hospital:
         part.held |= side._keys.held if side._keys else {}
         part.gathering = getattr(side, "_gathering", None)
         if isinstance(answer, Contribution):
-            vector = self.agent._kept.get(part.attempt.offer.round, part.attempt.ring)
+            number = part.attempt.offer.round
+            vector = self.agent._kept.get(number, part.attempt.ring, self.agent.spends.commitment(number))
             assert vector is not None
             part.vector = vector.words.copy()
 

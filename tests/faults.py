@@ -540,7 +540,8 @@ class World:
             if answer is None:
                 continue
             if site in PEERS and kind == "start" and not isinstance(open_envelope(answer), Failure):
-                kept = self.peers[site]._kept.get(self._now[0], RING)
+                peer, number = self.peers[site], self._now[0]
+                kept = peer._kept.get(number, RING, peer.spends.commitment(number))
                 assert kept is not None
                 self._vectors[site] = kept.words.copy()
             yield site, answer

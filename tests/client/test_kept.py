@@ -20,8 +20,8 @@ def vector(ring: RingLayout = WIDE, seed: int = 0) -> RingVector:
     return RingVector(words=drawn.astype(ring.dtype), layout=ring)
 
 
-def words(kept: Kept, number: int, ring: RingLayout = WIDE) -> list[int] | None:
-    found = kept.get(number, ring)
+def words(kept: Kept, number: int, commitment: str | None, ring: RingLayout = WIDE) -> list[int] | None:
+    found = kept.get(number, ring, commitment)
     return None if found is None else found.words.tolist()
 
 
@@ -29,13 +29,13 @@ def words(kept: Kept, number: int, ring: RingLayout = WIDE) -> list[int] | None:
 def test_what_was_kept_is_found_again_by_whoever_is_started_anew(ring: RingLayout, tmp_path: Path) -> None:
     kept = Kept(tmp_path / "kept", KEY, "run")
 
-    kept.put(3, vector(ring))
+    commitment = kept.put(3, vector(ring))
     again = Kept(tmp_path / "kept", KEY, "run")
 
     for each in (kept, again):
         assert each.holds(3)
-        assert words(each, 3, ring) == vector(ring).words.tolist()
-    found = again.get(3, ring)
+        assert words(each, 3, commitment, ring) == vector(ring).words.tolist()
+    found = again.get(3, ring, commitment)
     assert found is not None
     assert (found.words.dtype, found.layout) == (ring.dtype, ring)
 
@@ -43,11 +43,11 @@ def test_what_was_kept_is_found_again_by_whoever_is_started_anew(ring: RingLayou
 def test_without_a_folder_a_vector_lives_in_memory_only() -> None:
     kept = Kept()
 
-    kept.put(1, vector())
+    commitment = kept.put(1, vector())
 
-    assert words(kept, 1) == vector().words.tolist()
+    assert words(kept, 1, commitment) == vector().words.tolist()
     assert not Kept().holds(1)
-    assert Kept().get(1, WIDE) is None
+    assert Kept().get(1, WIDE, None) is None
 
 
 def test_a_folder_without_a_key_is_refused(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def damaged(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["cut", "longer", "empty", "header only", "another byte", "another format"])
 def test_a_damaged_file_is_an_error_and_not_an_absent_vector(how: str, tmp_path: Path) -> None:
-    Kept(tmp_path, KEY).put(1, vector())
+    commitment = Kept(tmp_path, KEY).put(1, vector())
     (path,) = tmp_path.iterdir()
     damaged(path, how)
 
@@ -104,55 +104,63 @@ def test_a_damaged_file_is_an_error_and_not_an_absent_vector(how: str, tmp_path:
 
     assert again.holds(1)
     with pytest.raises(SealError):
-        again.get(1, WIDE)
+        again.get(1, WIDE, commitment)
 
 
 def test_no_changed_byte_of_the_file_goes_unnoticed(tmp_path: Path) -> None:
-    Kept(tmp_path, KEY).put(1, vector())
+    commitment = Kept(tmp_path, KEY).put(1, vector())
     (path,) = tmp_path.iterdir()
     raw = path.read_bytes()
 
     for position in range(len(raw)):
         path.write_bytes(raw[:position] + bytes([raw[position] ^ 1 << position % 8]) + raw[position + 1 :])
         with pytest.raises(SealError):
-            Kept(tmp_path, KEY).get(1, WIDE)
+            Kept(tmp_path, KEY).get(1, WIDE, commitment)
 
 
 @pytest.mark.parametrize(("key", "run"), [(OTHER_KEY, "run"), (KEY, "another"), (KEY, "")])
 def test_another_key_or_run_does_not_open_it(key: bytes, run: str, tmp_path: Path) -> None:
-    Kept(tmp_path, KEY, "run").put(1, vector())
+    commitment = Kept(tmp_path, KEY, "run").put(1, vector())
 
     with pytest.raises(SealError):
-        Kept(tmp_path, key, run).get(1, WIDE)
+        Kept(tmp_path, key, run).get(1, WIDE, commitment)
 
 
 def test_the_file_of_one_round_does_not_stand_for_another(tmp_path: Path) -> None:
-    Kept(tmp_path, KEY).put(1, vector())
+    commitment = Kept(tmp_path, KEY).put(1, vector())
     (tmp_path / "000001.vector").rename(tmp_path / "000002.vector")
 
     with pytest.raises(SealError):
-        Kept(tmp_path, KEY).get(2, WIDE)
+        Kept(tmp_path, KEY).get(2, WIDE, commitment)
 
 
 @pytest.mark.parametrize("ring", [NARROW, RingLayout(length=7, update_bound=1.0, max_sites=4)])
 def test_a_vector_of_another_ring_is_an_error(ring: RingLayout, tmp_path: Path) -> None:
-    Kept(tmp_path, KEY).put(1, vector())
+    commitment = Kept(tmp_path, KEY).put(1, vector())
 
     with pytest.raises(SealError, match="a vector of another ring"):
-        Kept(tmp_path, KEY).get(1, ring)
+        Kept(tmp_path, KEY).get(1, ring, commitment)
+
+
+def test_a_vector_that_nobody_committed_to_is_not_taken_from_the_disk(tmp_path: Path) -> None:
+    Kept(tmp_path, KEY).put(1, vector())
+    another = Kept().put(1, vector(seed=1))
+
+    for commitment in (None, another):
+        with pytest.raises(SealError, match="another vector than the record of spends commits to"):
+            Kept(tmp_path, KEY).get(1, WIDE, commitment)
 
 
 def test_the_vectors_of_all_other_rounds_are_let_go_in_memory_and_on_disk(tmp_path: Path) -> None:
     kept = Kept(tmp_path, KEY)
-    for number in (1, 2, 3):
-        kept.put(number, vector(seed=number))
+    commitments = [kept.put(number, vector(seed=number)) for number in (1, 2, 3)]
 
     kept.forget_all_but(2)
 
     assert [kept.holds(number) for number in (1, 2, 3)] == [False, True, False]
     assert [path.name for path in tmp_path.iterdir()] == ["000002.vector"]
-    assert words(kept, 2) == vector(seed=2).words.tolist()
-    assert kept.get(1, WIDE) is None
+    assert words(kept, 2, commitments[1]) == vector(seed=2).words.tolist()
+    assert kept.get(1, WIDE, None) is None
     kept.forget_all_but(4)
     assert list(tmp_path.iterdir()) == []
 

@@ -11,6 +11,7 @@ from confide.common.errors import MissingPackage, UsageError
 
 _COLORS = (ACCENT, "#c2570c", "#5f3dc4", "#2b8a3e", "#a61e4d")
 _KINDS = (".png", ".svg")
+_MINUTES_S, _DAYS_S = 600, 864_000
 
 
 def check_figure(path: Path) -> None:
@@ -71,13 +72,34 @@ def _drawn(plt: Any, points: Sequence[Point], site: str) -> Any:  # noqa: ANN401
     limits = sorted({point.epsilon for point in points})
     for limit in limits:
         axis.axhline(limit, color=SOFT if len(limits) == 1 else INK, linewidth=1.2, zorder=0)
+        axis.annotate(
+            f"limit {limit:g}",
+            xy=(1, limit),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 2),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=9,
+        )
     axis.set_ylim(0, 1.1 * max(*limits, *(point.used for point in points)))
     axis.set_ylabel("epsilon used, in the period")
-    axis.set_xlabel(f"limit: {', '.join(f'{limit:g}' for limit in limits)}; times are UTC")
+    axis.xaxis.set_major_formatter(_formatter(end - min(point.at for point in points)))
+    axis.set_xlabel("times are UTC")
     axis.legend(frameon=False, loc="best", fontsize=9)
     axis.set_title(f"{site}: what the persons of its data have spent", loc="left", fontsize=11)
     figure.autofmt_xdate()
     return figure
+
+
+def _formatter(span_s: int) -> Any:  # noqa: ANN401  matplotlib's
+    """Return how ticks are spelled: each names its day and month, with the time or the year as the span needs."""
+    from matplotlib import dates
+
+    spelled: Any = dates.DateFormatter
+    if span_s < _MINUTES_S:
+        return spelled("%d %b %H:%M:%S")
+    return spelled("%d %b %H:%M" if span_s < _DAYS_S else "%d %b %Y")
 
 
 def _time(at: int) -> datetime.datetime:

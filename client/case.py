@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Self
@@ -18,7 +17,7 @@ from confide.common.errors import PrivacyError, UsageError
 from confide.common.explain import explain
 from confide.common.ledger import Account, Book
 from confide.common.plan import Plan
-from confide.common.wording import several
+from confide.common.wording import command, several
 
 UNSEEN: Final = "The base model's files were not looked at. To compare them, name their directory with --model."
 _NO_DATA = "No data set is registered here. Register one: confide site data add"
@@ -188,7 +187,7 @@ class Case:
             next_step = [in_words(self.policy, self.approvals)]
             if not self.refusals and self.missing:
                 next_step.append(
-                    f"To approve it: confide site plan approve {shlex.quote(signed.run)} --data {self.terms.data} --key FILE"
+                    f"To approve it: {command('confide', 'site', 'plan', 'approve', signed.run, '--data', self.terms.data)} --key FILE"
                 )
             parts.append(("Who approved it", next_step))
         return parts

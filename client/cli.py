@@ -14,7 +14,7 @@ from confide.client.running import call_agent
 from confide.client.terminal import facts, sentence, table
 from confide.common.cli import quiet_libraries
 from confide.common.errors import MessageError, Refused, UsageError
-from confide.common.wording import plain, several
+from confide.common.wording import command, ended, plain, several
 
 if TYPE_CHECKING:
     from confide.common.ledger import Book
@@ -52,6 +52,7 @@ def init(
     from confide.common.crypto import Identity, key_to_file
 
     group = _group(postman_group)
+    Home.check_new(site, name)
     secret = b"" if insecure_no_passphrase else passphrase(passphrase_file, "A new passphrase: ", twice=True)
     # A passphrase that does not do is found out before anything is made.
     key_to_file(Identity.generate(), secret, insecure_no_passphrase=insecure_no_passphrase)
@@ -66,8 +67,8 @@ def init(
         told = {"site": name, "directory": str(home.root), "key": public.hex(), "fingerprint": fingerprint(public)}
         typer.echo(json.dumps({"status": "ok", **told, "ledger": ledger, "words": list(keys.words)}))
         return
-    where = "" if site == SITE_DIR else f" --site {site}"
-    typer.echo(f"The site {name} is in {site}.")
+    where = () if site == SITE_DIR else ("--site", site)
+    sentence(f"The site {name} is in {ended(str(site))}")
     facts([("key", public.hex()), ("fingerprint", fingerprint(public)), ("ledger", ledger)])
     sentence(
         "Whoever puts this site on a roster needs the key, and compares the fingerprint with you by telephone. Keep a copy of "
@@ -77,8 +78,9 @@ def init(
         sentence("The keys are not encrypted: whoever reads the disk can speak for this site.")
     typer.echo("Next:")
     typer.echo('  1. make a key for each person who may approve plans: confide site key approver "NAME" --out FILE')
-    typer.echo(f"  2. edit {site / 'policy.toml'}, then: confide site policy check{where}")
-    typer.echo(f"  3. with the federation's roster: confide site join ROSTER --admin KEY{where}")
+    typer.echo(f"  2. edit {site / 'policy.toml'}, then: {command('confide', 'site', 'policy', 'check', *where)}")
+    join = command("confide", "site", "join", "ROSTER", "--admin", "KEY", *where)
+    typer.echo(f"  3. with the federation's roster: {join}")
 
 
 @app.command(epilog="Example: confide site join roster.json --admin 9ab3…")

@@ -19,9 +19,9 @@ from confide.client.signing import (
     reason_given,
     signer,
 )
-from confide.client.terminal import facts, paragraphs, print_json, sentence, spent, table
+from confide.client.terminal import facts, minute, paragraphs, print_json, sentence, spent, table
 from confide.common.errors import UsageError
-from confide.common.wording import plain, several
+from confide.common.wording import command, plain, several
 
 if TYPE_CHECKING:
     from confide.client.home import Home
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from confide.common.entries import PolicyInForce
     from confide.common.ledger import Book
     from confide.common.plan import Plan
+    from confide.common.signed_plan import SignedPlan
 
 plan_app = typer.Typer(help="Read the plans of a federation, approve them, and take an approval back.")
 policy_app = typer.Typer(help="Write, check and put in force what this site allows.")
@@ -106,7 +107,7 @@ def diff(
 
     home = Home.open(site)
     now = receive(home, new).signed
-    before = _approved_before(home, now.plan, now.run) if old is None else receive(home, old).signed.plan
+    before = _approved_before(home, now) if old is None else receive(home, old).signed.plan
     rows = differences(before, now.plan)
     costs = [_cost(name, planned_cost(which.privacy), which) for name, which in (("old", before), ("new", now.plan))]
     if as_json:
@@ -122,8 +123,13 @@ def diff(
     typer.echo()
     for key, old_value, new_value in rows:
         typer.echo(f"{key}\n  - {plain(old_value)}\n  + {plain(new_value)}")
-    same = "the same digest: approvals hold" if before.digest == now.digest else "different digests: it needs approval"
-    typer.echo(f"{several(len(rows), 'difference')}; {same}.\n")
+    same = (
+        "the same digest. An approval is for one run: confide site plan list shows which are approved"
+        if before.digest == now.digest
+        else "different digests: it needs approval"
+    )
+    sentence(f"{several(len(rows), 'difference')}; {same}.")
+    typer.echo()
     (_, was), (_, is_now) = costs
     table(
         ("epsilon of the whole run", "old", "new"),
@@ -140,7 +146,11 @@ def approve(
     signs_as: SignsAs = None,
     days: Annotated[
         int | None,
-        typer.Option(help="For how many days it holds; as many as the policy allows if absent.", metavar="N"),
+        typer.Option(
+            help="For how many days it holds; as many as the policy allows if absent. One in force is prolonged only if this is "
+            "given.",
+            metavar="N",
+        ),
     ] = None,
     model: ModelDir = None,
     key_passphrase_file: KeyPassphraseFile = None,
@@ -152,7 +162,8 @@ def approve(
 ) -> None:
     """Approve a plan for one run on one data set, with the key of a person whom the policy names; the ledger records it.
 
-    Nothing is signed that the policy refuses or the budget has no room for. Read the plan before: confide site plan show
+    Nothing is signed that the policy refuses or the budget has no room for, or that this person approved already, unless for
+    longer by --days. Read the plan before: confide site plan show
     """
     from confide.client.approval import approve as sign
     from confide.client.approval import in_words
@@ -177,7 +188,12 @@ def approve(
             raise UsageError(
                 f"The policy has this key for {approval.by!r}, not for {signs_as!r}. Correct one of the two."
             )
-        vault.journal.append(approval)
+        before = next((each for each in case.approvals if each.key == approval.key), None)
+        already = before is not None and (days is None or approval.expires <= before.expires)
+        if before is not None and already:
+            approval = before
+        else:
+            vault.journal.append(approval)
         keep(vault.home, received)
         case = Case.of(policy, book, received, approval.data, model, now)
     if as_json:
@@ -187,8 +203,15 @@ def approve(
             data=approval.data,
             by=approval.by,
             until=approval.expires,
+            recorded=not already,
             signatures_missing=case.missing,
             base_files_compared=case.compared,
+        )
+        return
+    if already:
+        sentence(
+            f"{approval.by} approved this plan for the run {approval.run} on {approval.data} already, until {approval.expires}, so "
+            f"nothing was recorded. {in_words(policy, case.approvals)}"
         )
         return
     enough = "One person's approval is enough; an agent may serve it."
@@ -283,7 +306,7 @@ def list_runs(site: SiteDir = SITE_DIR, as_json: AsJson = False) -> None:
         sentence("No plan was shown or approved here yet. Begin with: confide site plan show FILE")
         return
     table(
-        ("run", "plan", "data", "rounds", "charged", "state"),
+        ("run", "plan", "data", "rounds", "charged", "state (UTC)"),
         [
             *(
                 (
@@ -292,7 +315,7 @@ def list_runs(site: SiteDir = SITE_DIR, as_json: AsJson = False) -> None:
                     str(row["data"]),
                     f"{row['begun']} of {row['rounds']}",
                     spent(float(str(row["charged"]))),
-                    f"approved until {row['until']}" if row["until"] else str(row["state"]),
+                    f"approved until {minute(str(row['until']))}" if row["until"] else str(row["state"]),
                 )
                 for row in rows
             ),
@@ -338,7 +361,7 @@ def new(
     elif out is None:
         typer.echo(text, nl=False)
     else:
-        sentence(f"Wrote {out}. Next: read it, change it, and see what it allows: confide site policy check {out}")
+        sentence(f"Wrote {out}. Next: read it, change it, and see what it allows: {_check_of(out)}")
 
 
 @policy_app.command(epilog="Example: confide site policy check")
@@ -350,9 +373,10 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Read a policy, and say in sentences what it allows and whether it is in force."""
+    from confide.client.enrolment import federations
     from confide.client.home import Home
     from confide.client.journal import Journal
-    from confide.client.permission import gaps, permission
+    from confide.client.permission import gaps, permission, strangers
     from confide.client.policy import load_policy
 
     home = Home.open(site)
@@ -361,12 +385,14 @@ def check(
     if policy.site != home.site:
         raise UsageError(f"The policy {path} is for the site {policy.site!r}, and this is {home.site!r}.")
     missing, in_force = gaps(policy), force == policy.in_force()
+    notes = strangers(policy, federations(home))
     if as_json:
         print_json(
             policy=str(path),
             digest=policy.digest,
             in_force=in_force,
             missing=missing,
+            notes=notes,
             sections=dict(permission(policy)),
         )
         return
@@ -375,6 +401,8 @@ def check(
     paragraphs(permission(policy))
     if missing:
         paragraphs([("What is missing, so that no plan can run", missing)])
+    if notes:
+        paragraphs([("What to look at", notes)])
     if not in_force:
         typer.echo()
         sentence("It is not in force yet. " + _into_force(home, path))
@@ -418,17 +446,24 @@ def apply(
 _COSTS = {"asked": "asked for", "declared": "run as declared", "charged": "as a budget is charged"}
 
 
-def _approved_before(home: "Home", plan: "Plan", run: str) -> "Plan":
-    """Return the plan of the newest approval of the same name or run that is another plan."""
+def _approved_before(home: "Home", signed: "SignedPlan") -> "Plan":
+    """Return the plan of the newest approval of the same name or run, of another plan if there is one, and not its own."""
     from confide.client.journal import Journal
     from confide.client.received import kept_plan
 
+    plan, run = signed.plan, signed.run
     approvals = [
         standing.approval
         for standing in Journal.look(home.ledger).approvals
         if plan.name == standing.approval.name or run == standing.approval.run
     ]
-    others = [approval for approval in approvals if approval.plan != plan.digest] or approvals
+    earlier = [approval for approval in approvals if (approval.plan, approval.run) != (plan.digest, run)]
+    others = [approval for approval in earlier if approval.plan != plan.digest] or earlier
+    if approvals and not others:
+        raise UsageError(
+            f"There is no earlier approved plan to compare with: of those called {plan.name!r} or for the run {run!r}, only this "
+            "one was approved here. Name the one to compare with."
+        )
     if not others:
         raise UsageError(
             f"No plan called {plan.name!r}, and none for the run {run!r}, was approved here. Name the one to compare with."
@@ -467,6 +502,10 @@ def _known_approvers(home: "Home") -> tuple[str, ...]:
     except UsageError:
         named = ()
     return named or tuple(approver_entry(*approver_in_file(path)) for path in sorted(home.approvers.glob("*.pem")))
+
+
+def _check_of(policy: Path) -> str:
+    return command("confide", "site", "policy", "check", policy)
 
 
 def _into_force(home: "Home", path: Path) -> str:

@@ -79,14 +79,9 @@ class Home:
             UsageError: The name is malformed, the path too long for a socket, the directory not empty, or it cannot be
                 made.
         """
-        if not SITE_NAME.fullmatch(site):
-            raise UsageError(
-                f"The site's name {shown(site)} is no name: 1 to 63 letters, digits, spaces and . _ - are allowed, the "
-                "first and the last a letter or digit."
-            )
+        cls.check_new(root, site)
         created = datetime.datetime.fromtimestamp(int(clock()), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         home = cls(root=_absolute(root), site=site, created=created)
-        home._check_length()
         try:
             home._make(postman_group)
         except FileExistsError:
@@ -99,6 +94,30 @@ class Home:
                 f"{f' ({error.filename})' if error.filename else ''}. Give a place that this user may write to."
             ) from None
         return home
+
+    @classmethod
+    def check_new(cls, root: Path, site: str) -> None:
+        """Return if `create` would not refuse the name or the directory; asked before somebody thinks of a passphrase.
+
+        Raises:
+            UsageError: The name is malformed, the path too long for a socket, or the directory a site's, or not empty.
+        """
+        if not SITE_NAME.fullmatch(site):
+            raise UsageError(
+                f"The site's name {shown(site)} is no name: 1 to 63 letters a–z and A–Z without accents, digits, spaces and . _ - "
+                "are allowed, the first and the last a letter or digit."
+            )
+        home = cls(root=_absolute(root), site=site, created="")
+        home._check_length()
+        if os.path.lexists(home.identity) and os.path.lexists(home.root / "site.toml"):
+            there, _ = _read_site(home.root / "site.toml")
+            raise UsageError(
+                f"{home.root} is the site {there} already, with keys that are never replaced. To look at it use: confide site "
+                "status. Another site needs a new directory."
+            )
+        if home.root.is_dir():
+            _check(home.root, stat.S_ISDIR, 0)
+            home._expect(())
 
     @classmethod
     def open(cls, root: Path) -> Self:
@@ -376,7 +395,9 @@ def _read_site(path: Path) -> tuple[str, str]:
         f"it does not hold format, name and created, and nothing else; format is {toml_value(FORMAT)}": tree.keys()
         != {"format", "name", "created"}
         or tree["format"] != FORMAT,
-        "the name is not 1 to 63 letters, digits, spaces and . _ -": not isinstance(name, str)
+        "the name is not 1 to 63 letters a–z and A–Z without accents, digits, spaces and . _ -": not isinstance(
+            name, str
+        )
         or not SITE_NAME.fullmatch(name),
         "created is not a time such as 2026-11-23T02:40:00Z": not isinstance(created, str)
         or not _CREATED.fullmatch(created),
@@ -411,6 +432,8 @@ def _check_status(path: Path, status: os.stat_result, is_right_kind: Callable[[i
         )
     if open_to := status.st_mode & forbidden:
         mended = stat.S_IMODE(status.st_mode) & ~forbidden
+        if forbidden == _BUT_ENTERED_BY_ITS_GROUP and status.st_gid == os.getegid():
+            mended &= ~_OTHERS  # no group was named for a postman of another user
         raise UsageError(
             f"{path} has mode {stat.S_IMODE(status.st_mode):04o}, which lets others at it (by {open_to:04o}). Mend it with: "
             f"chmod {mended:04o} {_quoted(path)}"

@@ -25,6 +25,7 @@ from confide.common.messages import Offer
 from confide.common.plan import Plan
 from confide.common.roster import Roster
 from confide.common.settings import toml_value
+from confide.common.wording import command
 
 _ROUNDING = 1e-9  # relative; more than what adding up a hundred thousand rounds one by one can come to
 _MOST_NOISE = 10_000  # of a statistic; the largest number that the policy can ask for
@@ -424,9 +425,19 @@ def _persons(policy: Policy, plan: Plan, persons: int, person_id: str | None) ->
     if person_id is not None and (plan.data.person_id or "") != person_id:
         yield Refusal(
             rule="data",
-            sentence=f"The plan tells persons apart by {plan.data.person_id or 'the row'!r}; the data set was registered by "
-            f"{person_id or 'the row'!r}, and its budget follows those. Ask for a plan with that person_id.",
+            sentence=f"The plan tells persons apart {_unit(plan.data.person_id)}; the data set was registered {_unit(person_id)}, and "
+            f"its budget follows that. Ask for a plan with {'that' if person_id else 'no'} person_id, or register the table as the "
+            f"plan has it: {command('confide', 'site', 'data', 'add', 'NAME', 'TABLE', *_column(plan))}",
         )
+
+
+def _unit(column: str | None) -> str:
+    """Spell how persons are told apart."""
+    return f"by the column {column!r}" if column else "row by row"
+
+
+def _column(plan: Plan) -> tuple[str, ...]:
+    return () if plan.data.person_id is None else ("--person-id", plan.data.person_id)
 
 
 def _noise_and_cost(policy: Policy, plan: Plan) -> Iterator[Refusal]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from confide.client.policy import Policy
 from confide.common.graph import COMPLETE_UP_TO, SEMI_HONEST
+from confide.common.wording import ended, several
 
 
 def permission(policy: Policy) -> Iterator[tuple[str, list[str]]]:
@@ -32,9 +33,24 @@ def gaps(policy: Policy) -> list[str]:
     return [sentence for sentence, allowed in missing.items() if not allowed]
 
 
+def strangers(policy: Policy, joined: Iterable[str]) -> list[str]:
+    """Return what is to be said of federations that the policy names and the site does not belong to, a sentence each."""
+    known = set(joined)
+    return [
+        f"[federation] federations names {name!r}, which this site never joined, so none of its plans can come. Join it, or see "
+        "how its roster spells the name: confide site join"
+        for name in policy.federation.federations
+        if name not in known
+    ]
+
+
 def _partners(policy: Policy) -> Iterator[str]:
     terms = policy.federation
-    yield f"Plans may come from the federations: {_listed(terms.federations)}."
+    yield (
+        f"Plans may come from the federations: {_listed(terms.federations)}."
+        if terms.federations
+        else "Plans may come from no federation."
+    )
     yield (
         f"A round needs at least {terms.fewest_cohort} sites that are asked, and a sum is opened of at least "
         f"{terms.fewest_summed}."
@@ -53,18 +69,20 @@ def _partners(policy: Policy) -> Iterator[str]:
 
 def _approvers(policy: Policy) -> Iterator[str]:
     approval = policy.approval
-    people = _listed(policy.approvers.values())
-    if approval.signatures == 1:
-        yield f"One of these approves a plan: {people}."
+    people = ended(_listed(policy.approvers.values()))
+    if not policy.approvers:
+        yield "Nobody may approve a plan."
+    elif approval.signatures == 1:
+        yield f"One of these approves a plan: {people}"
     else:
-        yield f"{approval.signatures} of these must approve a plan, each with a key of their own: {people}."
+        yield f"{approval.signatures} of these must approve a plan, each with a key of their own: {people}"
     yield f"An approval holds for at most {approval.most_days} days."
 
 
 def _budget(policy: Policy) -> list[str]:
     budget, renewal = policy.budget, policy.renewal
     renewed = (
-        f"A budget may begin anew {renewal.after_days} days after it began, at most {renewal.most} time{'s' * (renewal.most != 1)}; an approver signs it and "
+        f"A budget may begin anew {renewal.after_days} days after it began, at most {several(renewal.most, 'time')}; an approver signs it and "
         "gives a reason."
         if renewal.after_days
         else "A budget that is used up never begins anew."
@@ -98,18 +116,25 @@ def _numbers(policy: Policy) -> Iterator[str]:
 
 def _model(policy: Policy) -> Iterator[str]:
     model = policy.model
-    yield f"Base models, by digest: {_listed(model.base_digests)}. Quantization: {_listed(model.quantizations)}."
-    yield (
-        f"Tasks: {_listed(model.tasks)}, of texts of at most {model.most_tokens} tokens. Adapters: methods "
-        f"{_listed(model.methods)}, modules {_listed(model.targets)}, rank at most {model.largest_rank}."
+    digests = _listed(model.base_digests) if model.base_digests else "no base model is allowed"
+    kept = _listed(model.quantizations) if model.quantizations else "not allowed in any form"
+    yield f"Base models, by digest: {digests}. Quantization: {kept}."
+    tasks = (
+        f"Tasks: {_listed(model.tasks)}, of texts of at most {model.most_tokens} tokens."
+        if model.tasks
+        else "Tasks: none is allowed."
     )
+    methods, modules = (_listed(names) if names else "none is allowed" for names in (model.methods, model.targets))
+    yield f"{tasks} Adapters: methods {methods}, modules {modules}, rank at most {model.largest_rank}."
 
 
 def _place(policy: Policy) -> list[str]:
     hours, compute, hold = policy.hours, policy.compute, policy.answers.hold_s
     return [
-        f"Exchanges may begin: {_listed(hours.windows)} ({hours.time_zone}).",
-        f"Training may use {_listed(compute.devices)}, {compute.memory_mb} MiB of memory, and {compute.round_s} s a round; it is "
+        f"Exchanges may begin: {_listed(hours.windows)} ({hours.time_zone})."
+        if hours.windows
+        else "Exchanges may begin at no time.",
+        f"Training may use {_listed(compute.devices) if compute.devices else 'no device'}, {compute.memory_mb} MiB of memory, and {compute.round_s} s a round; it is "
         "ended if it takes more.",
         f"Answers are held back until {hold} s after the request."
         if hold
@@ -128,4 +153,4 @@ def _metrics(policy: Policy) -> list[str]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "nothing"
+    return ", ".join(names)

@@ -42,6 +42,7 @@ from confide.common.entries import DataSet, Release
 from confide.common.errors import DataError, Refused, UsageError
 from confide.common.examples import Ints
 from confide.common.plan import CLASSES, IMAGE_CLASSES, Plan
+from confide.common.wording import command
 
 FORMAT: Final = "confide-readiness/1"
 # These follow from the plan and from what the site declares: whether they pass tells nothing about rows.
@@ -104,10 +105,14 @@ def check_unit(data: DataSet, plan: Plan) -> None:
         Refused: It tells persons apart by another column than the one they were registered by.
     """
     if (plan.data.person_id or "") != data.person_id:
+        by, registered = (
+            f"by the column {column!r}" if column else "row by row" for column in (plan.data.person_id, data.person_id)
+        )
+        column = ("--person-id", plan.data.person_id) if plan.data.person_id else ()
         raise Refused(
-            f"The plan tells persons apart by {plan.data.person_id or 'the row'!r}; {data.data!r} was registered by "
-            f"{data.person_id or 'the row'!r}, and its budget follows those. Ask for a plan with that person_id, or register "
-            "the table by the plan's.",
+            f"The plan tells persons apart {by}; {data.data!r} was registered {registered}, and its budget follows that. Ask for a "
+            f"plan with {'that' if data.person_id else 'no'} person_id, or register the table as the plan has it: "
+            f"{command('confide', 'site', 'data', 'add', data.data, 'TABLE', *column)}",
             "data",
         )
 

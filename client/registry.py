@@ -10,6 +10,7 @@ which she could not be found is refused.
 
 import contextlib
 import dataclasses
+import difflib
 import os
 import re
 import tomllib
@@ -30,6 +31,7 @@ from confide.client.persons import (
 )
 from confide.client.persons import declared as rounded
 from confide.client.readiness import Check, LabelHistogram, check_unit, examine, label_histogram
+from confide.client.table import table_columns
 from confide.common.crypto import derive, seal_bytes, unseal_bytes
 from confide.common.disk import lock
 from confide.common.entries import AccountOpened, DataSet
@@ -156,7 +158,11 @@ class Registry:
         _check_name("data set", name)
         _check_name("namespace", ids)
         place = _Place(path=_spelled(table), column=person_id or "", ids=ids, version=1)
-        persons = read_persons(table, person_id, self._person_key, ids)
+        try:
+            persons = read_persons(table, person_id, self._person_key, ids)
+        except DataError:
+            _check_person_id(table, person_id)
+            raise
         with self._alone():
             before = self._journal.book.data_sets.get(name)
             own = self._withdrawn(name, before)
@@ -580,6 +586,21 @@ def _check_name(what: str, name: str) -> None:
         raise UsageError(
             f"{shown(name)} is no {what}'s name: 1 to 63 of a-z, 0-9 and -, beginning with a letter or digit."
         )
+
+
+def _check_person_id(table: Path, person_id: str | None) -> None:
+    """Return if the table has the column of persons."""
+    columns = table_columns(table)
+    if person_id is None or person_id in columns:
+        return
+    close = difflib.get_close_matches(
+        person_id.strip().casefold(), {name.strip().casefold(): name for name in columns}, n=1
+    )
+    near = next((name for name in columns if close and name.strip().casefold() == close[0]), "")
+    hint = (
+        f"Did you mean {near!r}?" if near else "Give the one that says whose row it is, spelled as the table spells it."
+    )
+    raise DataError(f"{table} has no column {person_id!r}, which --person-id names. {hint}")
 
 
 def _spelled(table: Path) -> str:

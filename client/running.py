@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -34,9 +36,22 @@ def call_agent(home: "Home", what: str) -> bytes:
     from confide.client.postbox import call
     from confide.common.messages import Envelope
 
-    if not home.control_socket.exists():
+    if not listens(home.control_socket):
         raise RunError(f"No agent of {home.site} runs on this machine. Start one with: confide site agent")
     return call(home.control_socket, what, Envelope(body=b"{}"), _CALL_S).body
+
+
+def listens(path: Path) -> bool:
+    """Return whether somebody listens at a socket; one that a killed agent left behind is there, and nobody does."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_CALL_S)
+        try:
+            connection.connect(os.fspath(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:  # it is busy, or not ours: whoever calls it is told
+            return True
+    return True
 
 
 @contextlib.contextmanager

@@ -87,7 +87,8 @@ class RunStanding:
         lost: How many of these came to nothing. They count all the same, but for steps that touched no row.
         last: The last round that was begun; 0 before the first. Rounds never go back.
         until: When it ends to be approved, in seconds since 1970 UTC; None if it is not approved now.
-        why: Why it is not: `revoked`, `expired`, `signatures are missing`, `the policy does not cover it`; else empty.
+        why: Why it is not: `the ledger was recovered`, `the data set was removed`, `revoked`, `expired`, `signatures are
+            missing`, `the policy does not cover it`; else empty.
         fits: How many more rounds like its own the accounts of the data set have room for, whatever is approved.
     """
 
@@ -317,7 +318,7 @@ def _why(book: Book, approval: Approval, now: int) -> str:
     ]
     standing = [known.approval for known in several if not known.revoked]
     if not standing:
-        return "revoked"
+        return _voided(book, [known.approval for known in several])
     if all(utc_seconds(known.expires) <= now for known in standing):
         return "expired"
     policy = book.policy
@@ -326,6 +327,14 @@ def _why(book: Book, approval: Approval, now: int) -> str:
         for known in standing
     )
     return "signatures are missing" if covered else "the policy does not cover it"
+
+
+def _voided(book: Book, approvals: list[Approval]) -> str:
+    """Return what made all of these approvals void."""
+    data = book.data_sets.get(approvals[0].data)
+    if all(approval.recovery != book.recovery for approval in approvals) or approvals[0].data in book.lost_data_sets:
+        return "the ledger was recovered"
+    return "the data set was removed" if data is not None and data.event == "remove" else "revoked"
 
 
 def _accounts(book: Book, data: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import typer
 
 from confide.client.opening import SITE_DIR, AsJson, SiteDir, plan_at
 from confide.client.running import call_agent
-from confide.client.terminal import facts, left, paragraphs, sentence, spent, table
+from confide.client.terminal import facts, left, minute, paragraphs, sentence, spent, table
 from confide.common.errors import MessageError, RunError
 from confide.common.wording import plain, several
 
@@ -169,7 +169,7 @@ def _show_runs(runs: "tuple[RunStanding, ...]") -> None:
         sentence("No plan was approved yet. Read one: confide site plan show")
         return
     table(
-        ("run", "plan", "data set", "begun", "may come", "would fit", "approved"),
+        ("run", "plan", "data set", "begun", "may come", "would fit", "approved (UTC)"),
         [
             (
                 run.run,
@@ -178,7 +178,7 @@ def _show_runs(runs: "tuple[RunStanding, ...]") -> None:
                 f"{run.begun} of {run.rounds}",
                 str(run.to_come),
                 str(run.fits),
-                f"until {utc_text(run.until)}" if run.until is not None else f"no: {run.why}",
+                f"until {minute(utc_text(run.until))}" if run.until is not None else f"no: {run.why}",
             )
             for run in runs
         ],

@@ -499,6 +499,10 @@ def _check_columns(path: Path, present: Sequence[str], wanted: Iterable[str], *,
     folded = {name.strip().casefold() for name in present}
     surely_names = surely_names or any(column.strip().casefold() in folded for column in near)
     missing = [column for column in near if column not in present]
+    if missing and not surely_names and len(near) == 1:
+        raise DataError(
+            f"{path} has no column {_listed(missing)}. Its first line must name the columns, each as it is asked for."
+        )
     if missing and not surely_names:
         raise DataError(
             f"{path} has no column {_listed(missing)}, nor any other that the plan uses. "

@@ -87,6 +87,11 @@ def sentence(text: str) -> None:
         typer.echo(line)
 
 
+def minute(time: str) -> str:
+    """Spell a UTC time such as 2026-11-23T04:38:07Z by its date and minute, for columns."""
+    return time[:16].replace("T", " ")
+
+
 def print_json(**fields: object) -> None:
     """Print one JSON object on one line, which says that all went well."""
     typer.echo(json.dumps({"status": "ok", **fields}))

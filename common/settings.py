@@ -101,6 +101,9 @@ def read_tree(raw: bytes, *, subject: str, kind: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{subject} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
+        if str(error).startswith(("Cannot overwrite", "Cannot declare")):
+            where = str(error).rpartition("(")[2].removesuffix(")")
+            raise ValueError(f"{subject} gives a key or a section twice ({where}). Leave one of the two out.") from None
         raise ValueError(f"{subject} is not valid TOML: {error}.") from None
     except RecursionError:
         raise ValueError(f"{subject} is nested too deeply to be {kind}.") from None

@@ -22,6 +22,7 @@ from typing import Self
 from confide.client import postbox
 from confide.client.conformance import certify
 from confide.client.data import load_reader, read_examples
+from confide.client.running import listens
 from confide.client.synthetic import write_synthetic
 from confide.common.canonical import canonical_bytes
 from confide.common.crypto import PUBLIC_BYTES, Identity
@@ -155,6 +156,8 @@ class Rehearsal:
             RunError: No agent answers at the socket, or it serves another site; or another plan was run by that name.
         """
         plan = read_signed_plan(signed, self.coordinator.public)
+        if not listens(agent):
+            raise RunError(f"No agent answers at {agent}. Start one with: confide site agent")
         if postbox.sites(agent) != (self.site,):
             raise RunError(f"The agent at {agent} does not serve the site {self.site} of this rehearsal.")
         root = self._begun(plan.run, signed)

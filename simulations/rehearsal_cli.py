@@ -8,11 +8,14 @@ import typer
 
 from confide.common.cli import quiet_libraries
 from confide.common.errors import RunError, UsageError
+from confide.common.wording import command
 
 if TYPE_CHECKING:
     from confide.server.store import RoundRecord
 
 app = typer.Typer(help="Play the rest of a federation around one real site's agent.", no_args_is_help=True)
+
+_NO_SUM = "No round gave a sum, so nothing was learned. The rounds tell who was missing, and where."
 
 Directory = Annotated[Path, typer.Argument(help="The rehearsal's directory.", metavar="DIR")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -50,7 +53,7 @@ def begin(
     typer.echo(f"The federation {federation} was made up: {', '.join(sorted(begun.roster.sites))}.")
     typer.echo(f"Its admin's key is {admin.hex()}\nand that key's fingerprint {fingerprint(admin)}")
     typer.echo("Keys that a made-up federation holds protect nobody: rehearse with made-up rows.")
-    typer.echo(f"Next: confide site join {roster} --admin {admin.hex()}")
+    typer.echo(f"Next: {command('confide', 'site', 'join', roster, '--admin', admin.hex())}")
 
 
 @app.command(epilog="Example: confide simulate rehearsal plan ./rehearsal plan.toml --run try-1 --out try-1.signed")
@@ -80,7 +83,8 @@ def plan(
     if as_json:
         typer.echo(json.dumps({"status": "ok", "out": str(out), "run": run, "plan": asked.digest}))
         return
-    typer.echo(f"Wrote {out}: the plan {asked.name!r}, signed for the run {run!r}.\nNext: confide site plan show {out}")
+    typer.echo(f"Wrote {out}: the plan {asked.name!r}, signed for the run {run!r}.")
+    typer.echo(f"Next: {command('confide', 'site', 'plan', 'show', out)}")
 
 
 @app.command(
@@ -142,7 +146,9 @@ def run_(
         rounds = [
             {"round": r.round, "present": list(r.present), "missing": dict(r.missing), "void": r.void} for r in records
         ]
-        typer.echo(json.dumps({"status": status, "run": found.run, "rounds": rounds, "adapter": str(adapter)}))
+        failed = {"error": RunError.__name__, "message": _NO_SUM} if status == "failed" else {}
+        told_of = {"status": status, "run": found.run, "rounds": rounds, "adapter": str(adapter)}
+        typer.echo(json.dumps(told_of | failed))
     else:
         typer.echo(f"{status}: {len(records)} rounds now, {done} before. The adapter is in {adapter}.")
         if any(rehearsal.site in record.missing for record in records):

@@ -34,7 +34,7 @@ def test_the_figure_names_every_account(points: tuple[Point, ...], tmp_path: Pat
         draw(points, "St. Anna", tmp_path / "f.svg")
 
     text = (tmp_path / "f.svg").read_text(encoding="utf-8")
-    for said in ("account 1", "account 2", "limit: 6, 10", "St. Anna"):
+    for said in ("account 1", "account 2", "limit 6", "limit 10", "St. Anna"):
         assert said in text
 
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -120,12 +121,37 @@ def test_a_passphrase_that_does_not_do_leaves_nothing_behind(
     assert not content or content not in capsys.readouterr().err
 
 
-def test_a_site_is_never_made_over_another(site: Site) -> None:
+def test_a_site_is_never_made_over_another(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     before = site.home.ledger.read_bytes()
 
-    assert run("site", "init", "other", "--site", site.home.root, "--insecure-no-passphrase") == 2
+    assert run("site", "init", "other", "--site", site.home.root) == 2  # no passphrase was asked for
 
     assert site.home.ledger.read_bytes() == before
+    assert f"is the site {site.home.site} already" in capsys.readouterr().err
+
+
+def test_a_name_that_no_roster_could_have_is_refused_before_a_passphrase_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("site", "init", "Zürich", "--site", tmp_path / "n") == 2
+
+    assert "letters a–z and A–Z without accents" in capsys.readouterr().err
+    assert not (tmp_path / "n").exists()
+
+
+def test_commands_that_are_printed_can_be_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("site", "init", "north", "--site", tmp_path / "our site", "--insecure-no-passphrase") == 0
+
+    assert f"confide site policy check --site '{tmp_path / 'our site'}'" in capsys.readouterr().out
+
+
+def test_a_socket_that_a_killed_agent_left_behind_is_no_agent(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(site.home.control_socket))
+
+    assert run("site", "stop", "--site", site.home.root) == 10
+
+    assert "No agent of" in capsys.readouterr().err
 
 
 def test_a_group_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

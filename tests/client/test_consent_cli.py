@@ -11,7 +11,7 @@ import pytest
 
 from confide.client.home import write_private
 from confide.client.journal import Journal
-from confide.client.policy import read_policy
+from confide.client.policy import read_policy, starter
 from confide.common.base import base_digest
 from confide.common.crypto import Identity
 from tests.sites import ANNA, BEN, DATA, EVE, FEDERATION, NAME, RUN, Site, copied, made, plan_text
@@ -257,7 +257,7 @@ def test_the_list_tells_each_runs_state_rounds_and_cost(site: Site, capsys: pyte
     assert run["charged"] > 0
     assert shown == ["summer"]
     assert "2 of 3" in text
-    assert f"approved until {run['until']}" in text
+    assert f"approved until {run['until'][:16].replace('T', ' ')}\n" in text
     assert told(capsys)["runs"][0]["state"] == "revoked"
 
 
@@ -294,8 +294,68 @@ def test_a_changed_plan_is_compared_with_the_approved_one_and_needs_an_approval_
     assert tree["price"]["old"]["charged"] > tree["price"]["new"]["charged"]
     assert "[privacy] epsilon\n  - 8.0\n  + 7.0\n" in text
     assert "2 differences; different digests: it needs approval." in text
-    assert told(capsys)["same_digest"]
     assert not approved(site, "spring-2")
+
+
+def test_a_plan_is_not_compared_with_itself_and_a_digest_says_nothing_of_another_run_s_approval(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site.approve(site.plan)
+    again = site.sign("summer.plan", plan_text(), "summer")
+    capsys.readouterr()
+
+    assert site.read("plan", "diff", site.plan) == 2
+    alone = capsys.readouterr().err
+    assert site.read("plan", "diff", again) == 0
+    text = " ".join(capsys.readouterr().out.split())
+
+    assert "There is no earlier approved plan to compare with" in alone
+    assert "0 differences; the same digest. An approval is for one run: confide site plan list" in text
+    assert not approved(site, "summer")
+
+
+def test_what_is_approved_already_is_said_and_not_recorded_again_unless_for_longer(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert site.approve(site.plan, "--days", 20) == 0
+    size = Journal.look(site.home.ledger).size
+    capsys.readouterr()
+
+    assert site.approve(RUN) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert site.approve(RUN, "--days", 10, "--json") == 0
+    shorter = told(capsys)
+    assert Journal.look(site.home.ledger).size == size
+    assert site.approve(RUN, "--days", 30, "--json") == 0
+    longer = told(capsys)
+    assert site.approve(RUN, "--json", by=BEN) == 0
+
+    assert f"{ANNA} approved this plan for the run {RUN} on {DATA} already, until" in text
+    assert "so nothing was recorded. Approved by Anna Huber until" in text
+    assert (shorter["recorded"], longer["recorded"], told(capsys)["recorded"]) == (False, True, True)
+    assert longer["until"] > shorter["until"]
+
+
+def test_a_federation_that_was_never_joined_is_pointed_out(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.change_policy(federations=f'["{FEDERATION}", "heart-2031"]')
+
+    assert site.read("policy", "check") == 0
+
+    text = " ".join(capsys.readouterr().out.split())
+    assert "[federation] federations names 'heart-2031', which this site never joined" in text
+    assert f"names '{FEDERATION}'" not in text
+
+
+def test_a_policy_that_allows_nothing_says_so_in_words(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    path = site.root / "starter.toml"
+    path.write_text(starter(NAME), encoding="utf-8")
+
+    assert site.read("policy", "check", path) == 0
+
+    text = " ".join(capsys.readouterr().out.split())
+    for said in ("come from no federation.", "Nobody may approve a plan.", "Quantization: not allowed in any form."):
+        assert said in text
+    assert "federations: nothing" not in text
 
 
 def test_without_anything_to_compare_with_a_difference_is_not_made_up(
@@ -327,12 +387,12 @@ def test_a_new_policy_is_the_narrowest_for_a_plan_or_allows_nothing_and_replaces
     out = site.root / "new.toml"
 
     assert site.read("policy", "new") == 0
-    starter = read_policy(capsys.readouterr().out.encode())
+    allowing_nothing = read_policy(capsys.readouterr().out.encode())
     assert site.read("policy", "new", "--for", site.plan, "--out", out, "--json") == 0
     tree = told(capsys)
     assert site.read("policy", "new", "--out", out) == 2
 
-    assert (starter.site, starter.approvers) == (NAME, {})
+    assert (allowing_nothing.site, allowing_nothing.approvers) == (NAME, {})
     narrow = read_policy(out.read_bytes())
     assert tree["digest"] == narrow.digest
     assert narrow.federation.federations == (FEDERATION,)

@@ -193,7 +193,7 @@ def test_a_creation_killed_at_any_line_leaves_a_site_or_none_and_never_half_of_o
 
 
 TOO_OPEN = {
-    "the directory": (".", 0o750, "0710"),
+    "the directory": (".", 0o750, "0700"),
     "the keys": ("keys", 0o701, "0700"),
     "the approvers' keys": ("keys/approvers", 0o770, "0700"),
     "the sockets": ("run", 0o755, "0750"),
@@ -222,6 +222,22 @@ def test_what_is_too_open_is_refused_with_the_line_that_mends_it(case: str, home
     assert str(caught.value).endswith(line)
     assert os.system(line) == 0
     assert Home.open(home.root) == home
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a directory to any group")
+def test_a_directory_that_a_postman_s_group_may_pass_through_stays_so_when_it_is_mended(home: Home) -> None:
+    os.chown(home.root, -1, os.getegid() + 1)
+    home.root.chmod(0o755)
+
+    with pytest.raises(UsageError, match=f"chmod 0710 {home.root}"):
+        Home.open(home.root)
+
+
+def test_a_directory_that_is_a_site_s_already_is_said_to_be(home: Home) -> None:
+    write_private(home.identity, b"")
+
+    with pytest.raises(UsageError, match=f"{home.root} is the site {home.site} already"):
+        Home.check_new(home.root, "another")
 
 
 @pytest.mark.parametrize("name", ["site.toml", "keys", "keys/identity.pem", "ledger.db", "run", "log"])

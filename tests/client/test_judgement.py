@@ -259,8 +259,12 @@ def test_a_plan_that_costs_more_than_the_lifetime_budget_is_refused_though_its_e
         ({"sites_on_roster": 65}, "graph", ("has 65 sites", "at most 64", "semi_honest_graph")),
         ({"declared_persons": 999}, "data", ("999", "1000")),
         ({"declared_persons": 100_000}, "plan-privacy", ("100000", "1e-05", "below 1")),
-        ({"person_id": ""}, "data", ("'patient'", "'the row'")),
-        ({"person_id": "visit"}, "data", ("'patient'", "'visit'")),
+        ({"person_id": ""}, "data", ("by the column 'patient'", "registered row by row", "with no person_id")),
+        (
+            {"person_id": "visit"},
+            "data",
+            ("'patient'", "'visit'", "with that person_id", "confide site data add NAME TABLE --person-id patient"),
+        ),
     ],
 )
 def test_a_plan_is_refused_where_federation_roster_or_persons_do_not_fit(

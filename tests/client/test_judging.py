@@ -144,7 +144,7 @@ def test_a_data_set_that_is_not_registered_or_of_another_unit_is_refused(
         judge(setting.opened, setting.adapter, held_out=setting.held_out, model=base_directory, data="none")
     by_rows = plan_text(base_directory)
     (setting.adapter / "plan.toml").write_text(by_rows, encoding="utf-8")
-    with pytest.raises(Refused, match="tells persons apart by"):
+    with pytest.raises(Refused, match="tells persons apart row by row"):
         setting.judge(own=setting.adapter)
 
 

@@ -449,7 +449,7 @@ def test_a_histogram_counts_no_person_as_several(tmp_path: Path) -> None:
     journal, path = new_journal(), table(tmp_path / "a.csv", ROWS)
     data = registered(journal, path, tmp_path)
 
-    with pytest.raises(Refused, match="was registered by 'patient'"):
+    with pytest.raises(Refused, match="was registered by the column 'patient'"):
         label_histogram(
             path, plan_for(person_id=None), data, journal, noise_multiplier=20.0, least_noise_multiplier=10.0
         )

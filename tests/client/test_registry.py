@@ -711,6 +711,16 @@ def test_names_that_are_no_file_s_name_are_refused(registry: Registry, tmp_path:
         registry.add("letters", path, "patient", ids=name)
 
 
+@pytest.mark.parametrize(("column", "said"), [("nosuch", "says whose row it is"), ("patent", "Did you mean 'patient'")])
+def test_a_column_of_persons_that_is_not_there_is_said_to_be_the_one_that_person_id_names(
+    registry: Registry, tmp_path: Path, column: str, said: str
+) -> None:
+    path = table(tmp_path / "a.csv", named(1, 2))
+
+    with pytest.raises(DataError, match=f"has no column '{column}', which --person-id names. .*{said}"):
+        registry.add("letters", path, column)
+
+
 def test_without_a_policy_nothing_is_registered(tmp_path: Path) -> None:
     journal = Journal.create(None, site="St. Anna", identity=SITE, clock=lambda: NOW)
 

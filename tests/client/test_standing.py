@@ -143,6 +143,7 @@ def test_a_data_set_that_is_not_in_use_leaves_no_round() -> None:
     found = standing(book)
 
     assert found.runs[0].fits == 0
+    assert found.runs[0].why == "the data set was removed"
     assert found.accounts[0].data == ()
 
 
@@ -155,7 +156,9 @@ def test_after_a_loss_an_account_has_nothing_left_and_may_have_spent_more() -> N
     found = standing(book)
 
     assert (found.accounts[0].left, found.accounts[0].incomplete) == (0.0, True)
-    assert found.runs[0].why == "revoked"
+    assert found.runs[0].why == "the ledger was recovered"
+    book.record(data_set(version=2), NOW + 120)
+    assert standing(book).runs[0].why == "the ledger was recovered"
 
 
 @given(

@@ -295,6 +295,15 @@ def test_a_first_line_that_is_no_header_is_not_shown(tmp_path: Path) -> None:
     assert "SECRETCELL" not in str(caught.value)
 
 
+def test_where_one_column_is_asked_for_nothing_is_said_of_a_missing_header(tmp_path: Path) -> None:
+    path = saved(tmp_path / "rows.csv", "patient,text\na,b\n")
+
+    with pytest.raises(DataError, match="has no column 'nosuch'") as caught:
+        list(read_table(path, {"nosuch": IDENTIFIER}))
+
+    assert "header" not in str(caught.value)
+
+
 def test_many_columns_are_not_all_listed(tmp_path: Path) -> None:
     path = saved(tmp_path / "rows.jsonl", json.dumps({f"column{number}": 1 for number in range(500)}) + "\n")
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from confide.common.base import base_digest
@@ -109,6 +110,54 @@ def test_an_error_is_one_json_object_too_when_asked(tmp_path: Path, capsys: pyte
     told = json.loads(capsys.readouterr().out)
     assert told["status"] == "failed"
     assert told["error"] == "UsageError"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("plan", "check", "--json"), "Missing argument 'PLAN'"),
+        (("plan", "check", "none.toml", "--odd", "--json"), "No such option"),
+        (("plan", "nonsense", "--json"), "No such command 'nonsense'"),
+    ],
+    ids=["nothing", "an option", "a command"],
+)
+def test_a_wrong_word_is_one_json_object_too_when_asked(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+
+    captured = capsys.readouterr()
+    told = json.loads(captured.out)
+    assert (told["status"], told["error"]) == ("failed", "UsageError")
+    assert said in told["message"]
+    assert "Usage:" in captured.err
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, click.Abort])
+def test_ctrl_c_is_one_json_object_too_when_asked(
+    end: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(path: Path) -> None:
+        raise end
+
+    monkeypatch.setattr("confide.common.plan_cli.load_plan", interrupted)
+
+    assert run("plan", "check", "plan.toml", "--json") == 130
+    told = json.loads(capsys.readouterr().out)
+    assert run("plan", "check", "plan.toml") == 130
+
+    assert (told["status"], told["error"]) == ("failed", "Interrupted")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("arguments", [("plan", "check", "{}"), ("{}",), ("plan", "check", "--{}")])
+def test_a_terminal_obeys_nothing_of_an_error(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*(word.format("\x1b]0;owned\x07\x1b[31m") for word in arguments)) == 2
+
+    told = capsys.readouterr().err
+    assert "owned" in told
+    assert "\x1b]0;" not in told
+    assert "\x07" not in told
 
 
 def test_explain_says_what_is_promised_and_what_leaves(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

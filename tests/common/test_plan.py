@@ -172,8 +172,8 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
     "a target twice": (put("targets", '["query", "query"]'), "names an entry twice"),
     # What is no plan at all.
     "not TOML": (at_the_head("what?"), "The plan is not valid TOML"),
-    "a key twice": (under("privacy", "epsilon = 8.0"), "The plan is not valid TOML: Cannot overwrite a value"),
-    "a section twice": (lambda text: text + "\n[privacy]\n", "The plan is not valid TOML: Cannot declare"),
+    "a key twice": (under("privacy", "epsilon = 8.0"), "The plan gives a key or a section twice (at line"),
+    "a section twice": (lambda text: text + "\n[privacy]\n", "The plan gives a key or a section twice (at line"),
     "an unpaired surrogate": (put("label", '"\\ud800"'), "The plan is not valid TOML"),
     "too large": (lambda text: text + "#" * LARGEST_PLAN_BYTES, "bytes, and may have at most 1048576"),
     "nested deeply": (put("label", "[" * 5000 + "]" * 5000), "The plan is nested too deeply"),

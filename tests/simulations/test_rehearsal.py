@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import stat
 import threading
 from collections.abc import Iterator
@@ -190,3 +191,29 @@ def test_a_plan_for_more_sites_than_there_are_is_not_signed(
 
     assert "asks for 5 to" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_run_that_gave_no_sum_says_so_in_json_too(
+    rehearsal: Rehearsal, base_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "try.plan"
+    out.write_bytes(rehearsal.sign(plan_text(base_directory).replace("rounds = 3", "rounds = 1").encode(), "try"))
+    words = ("run", rehearsal.directory, out, "--model", base_directory, "--agent")
+
+    with answering("north") as agent:
+        assert run("simulate", "rehearsal", *words, agent, "--json") == 10
+
+    tree = json.loads(capsys.readouterr().out)
+    assert (tree["status"], tree["error"]) == ("failed", "RunError")
+    assert "No round gave a sum" in tree["message"]
+
+
+def test_a_socket_that_a_killed_agent_left_behind_is_as_if_there_were_none(
+    rehearsal: Rehearsal, base_directory: Path, tmp_path: Path
+) -> None:
+    signed, path = rehearsal.sign(plan_text(base_directory).encode(), "try"), tmp_path / "left.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+
+    with pytest.raises(RunError, match=r"No agent answers at .* Start one with: confide site agent"):
+        rehearsal.run(signed, model=base_directory, agent=path)

@@ -22,6 +22,7 @@ from confide.common.errors import MessageError, Refused
 from confide.common.explain import explain
 from confide.common.ledger import Standing
 from confide.common.plan import Plan
+from confide.common.wording import ended
 
 DAY_S = 86_400
 NONCE_BYTES = 16
@@ -167,7 +168,7 @@ def in_words(policy: Policy, approvals: Sequence[Approval]) -> str:
         if policy.approval.signatures == 1
         else " By the policy two persons must approve, each with a key of their own."
     )
-    return f"Approved by {by}; {more} more must approve: {who}.{rule}"
+    return f"Approved by {by}; {more} more must approve: {ended(who)}{rule}"
 
 
 def approver_name(policy: Policy, key: str) -> str:
@@ -180,7 +181,7 @@ def approver_name(policy: Policy, key: str) -> str:
     if name is None:
         raise Refused(
             f"The key {key[:16]}… may not approve; [approval] approvers names "
-            f"{', '.join(policy.approvers.values()) or 'nobody'}. Have one of them approve, or add the key to the policy.",
+            f"{ended(', '.join(policy.approvers.values()) or 'nobody')} Have one of them approve, or add the key to the policy.",
             "approval",
         )
     return name

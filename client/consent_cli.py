@@ -361,7 +361,8 @@ def new(
     elif out is None:
         typer.echo(text, nl=False)
     else:
-        sentence(f"Wrote {out}. Next: read it, change it, and see what it allows: {_check_of(out)}")
+        sentence(f"Wrote {out}. Read it line by line, and change it.")
+        typer.echo(f"Next: see what it allows: {command('confide', 'site', 'policy', 'check', out)}")
 
 
 @policy_app.command(epilog="Example: confide site policy check")
@@ -502,10 +503,6 @@ def _known_approvers(home: "Home") -> tuple[str, ...]:
     except UsageError:
         named = ()
     return named or tuple(approver_entry(*approver_in_file(path)) for path in sorted(home.approvers.glob("*.pem")))
-
-
-def _check_of(policy: Path) -> str:
-    return command("confide", "site", "policy", "check", policy)
 
 
 def _into_force(home: "Home", path: Path) -> str:

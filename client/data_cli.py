@@ -205,13 +205,15 @@ def withdraw(
             "there a misspelling?"
         )
     for other in found.others:
-        again = command("confide", "site", "data", "withdraw", other, "--ids-file", ids_file)
-        sentence(f"Some of them are in {other} too, and are still used there: {again}")
+        sentence(f"Some of them are in {other} too, and are still used there. To withdraw them there as well:")
+        typer.echo(f"  {command('confide', 'site', 'data', 'withdraw', other, '--ids-file', ids_file)}")
     for other in found.unnamed:
-        column = command("confide", "site", "data", "add", other, "TABLE", "--person-id", found.data.person_id)
         sentence(
             f"Rows of {name} are in {other} too, which has no column of persons, so nobody can be left out there. Register it by "
-            f"that column, and withdraw them there, or take it out of use: {column}"
+            "that column, which leaves them out, or take it out of use: confide site data remove"
+        )
+        typer.echo(
+            f"  {command('confide', 'site', 'data', 'add', other, 'TABLE', '--person-id', found.data.person_id)}"
         )
     sentence("What was learned before stays learned, within the epsilon that their account shows.")
 

@@ -20,7 +20,7 @@ from confide.client.signing import (
 )
 from confide.client.terminal import facts, left, paragraphs, print_json, sentence, spent, table
 from confide.common.errors import ConfideError, LedgerError, UsageError
-from confide.common.wording import command, plain, several
+from confide.common.wording import command, ended, plain, several
 
 if TYPE_CHECKING:
     from confide.client.home import Home
@@ -168,10 +168,8 @@ def export(
     if as_json:
         print_json(file=str(file), ledger=book.ledger, size=book.size, root=book.root.hex())
         return
-    sentence(
-        f"Wrote {several(book.size, 'record')} to {file}. Anybody can verify it: "
-        f"{command('confide', 'site', 'ledger', 'verify', file)}"
-    )
+    sentence(f"Wrote {several(book.size, 'record')} to {ended(str(file))}")
+    typer.echo(f"Anybody can verify it: {command('confide', 'site', 'ledger', 'verify', file)}")
 
 
 @app.command(epilog='Example: confide site ledger recover north.jsonl --reason "The disk failed."')

@@ -109,6 +109,18 @@ def test_no_budget_is_opened_under_a_policy_that_nobody_has_looked_at(
     assert size(site) == before
 
 
+def test_under_the_policy_of_a_new_site_nothing_is_recorded(
+    tmp_path: Path, others: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ("--site", tmp_path / "n", "--insecure-no-passphrase")
+    assert run("site", "init", "north", *where) == 0
+
+    assert run("site", "data", "add", "others", others, "--person-id", "patient", *where) == 9
+
+    assert Journal.look(tmp_path / "n" / "ledger.db").size == 1
+    assert not list((tmp_path / "n" / "data").glob("others*"))
+
+
 def test_a_check_shows_exact_numbers_and_what_stands_in_the_plan_s_way(
     site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,7 +177,8 @@ def test_who_withdrew_elsewhere_is_left_out_of_a_copy_and_that_is_said(
     assert site.do("data", "withdraw", DATA, "--ids-file", others, "--json") == 0
 
     assert added["withdrawn_elsewhere"] == {"persons": 2, "data_sets": [DATA]}
-    assert f"are in copy too, and are still used there: confide site data withdraw copy --ids-file '{others}'" in named
+    assert "are in copy too, and are still used there." in named
+    assert f"\n  confide site data withdraw copy --ids-file '{others}'\n" in named
     assert "1 person had withdrawn from letters already; nothing changed." in again
     assert "3 persons of this table withdrew from letters; they are left out here too." in text
     assert told(capsys) == {

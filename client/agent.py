@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -51,6 +51,9 @@ from confide.common.ring import RingLayout, RingVector, encode
 from confide.common.roster import Roster
 from confide.common.witness import Witness
 
+# The server makes two attempts at a round, and up to two more each time it was started anew in the middle of one. Each costs a
+# site keys, a line in its trail and a record in its ledger, so that their number is no stranger's to choose.
+LAST_ATTEMPT: Final = 64
 _log = logging.getLogger(__name__)
 _ROUNDING = 1e-6  # of float32, relative
 
@@ -131,7 +134,8 @@ class Agent:
         randomness: Gives each round's source of draws; fresh ones from the operating system's entropy if absent.
         witness: Remembers how far each site's ledger had come, this site's as well. The site shares no keys in an attempt
             in which one has gone back, or is not shown. With None nobody looks.
-        consent: Called with every message before anything is done about it; what it raises is the answer.
+        consent: Called with every message before anything is done about it, and with the offer of the attempt it is of, if there
+            is one; what it raises is the answer.
 
     Raises:
         UsageError: There is a witness, and no roster whose keys would tell whose ledger it sees.
@@ -153,7 +157,7 @@ class Agent:
         kept: Kept | None = None,
         randomness: Callable[[int], Randomness] = fresh_noise,
         witness: Witness | None = None,
-        consent: Callable[[Message], None] = lambda message: None,
+        consent: Callable[[Message, Offer | None], None] = lambda message, offer: None,
     ) -> None:
         if witness is not None and protection.roster is None:
             raise UsageError(
@@ -187,6 +191,7 @@ class Agent:
         self._consent = consent
         self._attempt = spends.last_attempt  # round and attempt; a site that was started anew goes through none again
         self._roster = ""
+        self._offer: Offer | None = None  # of the attempt, once it was found to be the coordinator's
         self._attending: Attending | None = None
         self._lock = threading.Lock()
 
@@ -206,7 +211,7 @@ class Agent:
                 return seal(Failure.of(error))
 
     def _dispatch(self, message: Message) -> Message:
-        self._consent(message)
+        self._consent(message, message if isinstance(message, Offer) else self._offer)
         match message:
             case Offer():
                 return self._attend(message)
@@ -228,7 +233,7 @@ class Agent:
         attending = self._protection.attend(offer)
         shown = self.spends.checkpoint
         self._see({self.site: shown})  # a site that was set back to an old copy finds it out before the others do
-        self._attending, self._shown = attending, shown
+        self._attending, self._shown, self._offer = attending, shown, offer
         self._attempt, self._roster = (offer.round, offer.attempt), offer.roster
         self._kept.forget_all_but(offer.round)
         return dataclasses.replace(attending.advertise(), checkpoint=shown)
@@ -326,6 +331,7 @@ class Agent:
             "the adapter's layout is another one": offer.layout != self._trainer.layout_digest,
             "the ring is another one": offer.ring != self._ring.digest,
             "the round is outside the plan": not 1 <= offer.round <= plan.privacy.rounds,
+            f"its attempts end with number {LAST_ATTEMPT}": offer.attempt > LAST_ATTEMPT,
             "the attempt was made before": (offer.round, offer.attempt) <= self._attempt,
             "the cohort is smaller than the plan allows": len(offer.cohort) < plan.federation.min_sites,
             "the cohort is larger than the ring has room for": len(offer.cohort) > plan.federation.max_sites,

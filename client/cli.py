@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from confide.client import consent_cli, data_cli, key_cli, ledger_cli, standing_cli
-from confide.client.opening import SITE_DIR, AsJson, NoPassphrase, PassphraseFile, SiteDir, opened, passphrase
+from confide.client.opening import (
+    AGENT_WAIT_S,
+    SITE_DIR,
+    AsJson,
+    NoPassphrase,
+    PassphraseFile,
+    SiteDir,
+    opened,
+    passphrase,
+)
 from confide.client.running import call_agent
 from confide.client.terminal import facts, sentence, table
 from confide.common.cli import quiet_libraries
@@ -180,7 +189,10 @@ def agent(
     from confide.client.worker import Assignment, Worker
 
     members = _group(group)
-    with opened(site, passphrase_file, insecure_no_passphrase=insecure_no_passphrase) as vault, vault.home.lock():
+    with (
+        opened(site, passphrase_file, insecure_no_passphrase=insecure_no_passphrase, wait_s=AGENT_WAIT_S) as vault,
+        vault.home.lock(),
+    ):
         home = vault.home
         home.check()
         received = receive(home, plan)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SITE: Final = "CONFIDE_SITE"
 SITE_DIR: Final = Path("site")
+WAIT_S: Final = 10.0
+AGENT_WAIT_S: Final = 600.0
 _SIGNED: Final = b"confide-signed-plan/"  # how such a file begins, whatever its version
 
 SiteDir = Annotated[Path, typer.Option("--site", envvar=SITE, help="The site's directory.", metavar="DIR")]
@@ -61,8 +63,18 @@ class Opened:
 
 
 @contextmanager
-def opened(site: Path, passphrase_file: Path | None, *, insecure_no_passphrase: bool) -> Iterator[Opened]:
+def opened(
+    site: Path, passphrase_file: Path | None, *, insecure_no_passphrase: bool, wait_s: float = WAIT_S
+) -> Iterator[Opened]:
     """Give the site in a directory with its keys and ledger; afterwards the ledger is closed.
+
+    Args:
+        site: The directory.
+        passphrase_file: A file with the passphrase of the keys; None has it asked for.
+        insecure_no_passphrase: Whether the keys are not encrypted.
+        wait_s: How long to wait for another process that writes to the ledger. Who sits at a terminal rather hears after
+            WAIT_S that it is busy. An agent waits AGENT_WAIT_S: registering a table of some hundred thousand persons holds
+            the ledger for tens of seconds, and a round that was trained, and paid, must not be lost for it.
 
     Raises:
         UsageError: There is no site, something in it is too open, or no passphrase is given.
@@ -77,7 +89,7 @@ def opened(site: Path, passphrase_file: Path | None, *, insecure_no_passphrase: 
     home = Home.open(site)
     secret = b"" if insecure_no_passphrase else passphrase(passphrase_file, f"Passphrase of {home.site}'s keys: ")
     keys = load_keys(home, secret, insecure_no_passphrase=insecure_no_passphrase)
-    journal = Journal.open(home.ledger, identity=keys.identity)
+    journal = Journal.open(home.ledger, identity=keys.identity, wait_s=wait_s)
     try:
         registry = Registry(home.data, journal, keys.secret(b"data"))
         yield Opened(home=home, keys=keys, journal=journal, registry=registry)

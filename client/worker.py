@@ -1,32 +1,32 @@
 """The site's agent as a process: it opens the vault, makes sure that it may serve a plan, and answers until it is stopped.
 
 Before any row is read it has looked at everything that could forbid the plan: whose signature it bears, the policy as it is
-on disk, who approved it, the base model's digest, the table's fingerprint, the budget. Policy, approvals and budget are
-looked at again before every message, so what a steward changes holds from the next exchange on.
+on disk, who approved it, the base model's digest, the table's fingerprint, the budget. Policy, approvals and the terms of the
+attempt's offer are looked at again before every message, so what a steward changes holds from the next exchange on. The
+budget is looked at by the ledger, in the transaction that reserves a round.
 
 It holds keys, ledger and sockets, and no model: that is the child's (`client/child_trainer`).
 """
 
 import dataclasses
 import logging
+import math
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
 
 from confide.client import enrolment
 from confide.client.agent import Agent
-from confide.client.approval import Terms, given, needed
+from confide.client.approval import DAY_S, Terms, given, in_words, needed
 from confide.client.child_trainer import ChildTrainer
 from confide.client.gauges import Gauges
 from confide.client.home import Home
 from confide.client.journal import Journal, software
-from confide.client.judgement import Price, Refusal, enforced, judge_offer, judge_plan, judge_price, require
+from confide.client.judgement import Refusal, enforced, judge_offer, require
 from confide.client.kept import Kept
 from confide.client.keys import Keys
 from confide.client.link import Load
@@ -37,14 +37,14 @@ from confide.client.readiness import check_unit
 from confide.client.registry import Current, Registry
 from confide.client.seen import check_goes_on, seen_in
 from confide.client.spends import Spends
-from confide.client.trail import Trail
+from confide.client.trail import Trail, Value
+from confide.client.verdict import Question, verdict
 from confide.common.base import base_digest
 from confide.common.bounds import ring_layout
-from confide.common.calibration import noise_multiplier, remember
+from confide.common.calibration import remember
 from confide.common.canonical import canonical_bytes
-from confide.common.entries import DataSet, Started
-from confide.common.errors import DataError, LedgerError, Refused
-from confide.common.filter import Filter
+from confide.common.entries import Started, utc_text
+from confide.common.errors import ConfideError, DataError, LedgerError, Refused, RunError
 from confide.common.messages import (
     Contribution,
     Envelope,
@@ -57,8 +57,8 @@ from confide.common.messages import (
     Survivors,
     kind_of,
     open_envelope,
+    seal,
 )
-from confide.common.plan import Plan
 from confide.common.signed_plan import SignedPlan
 from confide.common.witness import Witness
 
@@ -67,8 +67,11 @@ METRICS: Final = "metrics"
 STOP: Final = "stop"
 _GLANCE_S = 0.2
 _ASKED = frozenset(message.kind for message in (Offer, Peers, Start, Survivors, Signatures))
+_TRAINED = (Survivors, Signatures)  # these come after training
 _RECORDED = frozenset({Offer.kind, Start.kind})  # what follows from these is in the ledger; a line waits for the disk
-_FAILURES_A_MINUTE = 60  # that the trail takes: nobody who brings messages can fill the disk
+_LINES_A_MINUTE = 60  # of one kind that the trail takes: nobody who brings messages can fill the disk
+_AGAIN_S = 60.0  # between two attempts to start a child that does not start
+_UNJUDGED_S = 600.0  # for which a plan is refused that took too long to judge
 
 _log = logging.getLogger(__name__)
 
@@ -125,15 +128,18 @@ class Worker:
         self._stopped = threading.Event()
         self._doing, self._since = "starting", clock()
         self._policy: Policy
-        self._fixed: tuple[float, ...]  # what of the policy cannot change while the agent runs
-        self._base = ""  # the digest of the base model's files
-        self._judged: tuple[Policy, int] | None = None  # the policy, and the version of the data, that allowed it
+        self._at_start: tuple[float, ...]  # what of the policy cannot change while the agent runs
+        self._model_digest = ""
+        self._judged: _Judged | None = None
         self._version = 0  # of the rows that the child has; 0 if it has none that may be used
         self._declared = 0  # the N that the approval is for
         self.serving = False
         self.trail = Trail(home.log, clock=clock)
         self.gauges = Gauges(home.site, clock=clock)
-        self._minute = self._failures = self._left_out = 0  # of the messages that were answered by a failure
+        self._offers, self._answers, self._failures = _Lines(), _Lines(), _Lines()
+        self._tried = (
+            -math.inf
+        )  # when it was tried last to start a child between rounds, by a clock that never goes back
 
     @contextmanager
     def ready(self) -> "Iterator[Callable[[Envelope], Envelope]]":
@@ -147,14 +153,14 @@ class Worker:
         """
         signed, plan = self._signed, self._signed.plan
         self._journal.sync()
-        self._whole()
+        self._check_goes_on()
         self._policy = enforced(self._home, self._journal)
-        self._fixed = _fixed(self._policy)
+        self._at_start = _lasting(self._policy)
         roster = enrolment.current(self._home, signed.federation)
         joined = enrolment.federation_entry(self._home, signed.federation)
         if self._journal.book.federations.get(signed.federation) != joined:  # it lets in no roster of an earlier epoch
             self._journal.append(joined)
-        self._base = base_digest(self._model)
+        self._model_digest = base_digest(self._model)
         self._judge(rounds=plan.privacy.rounds - len(self._journal.book.rounds(signed.run)))
         self._approved()
         rows = self._rows()
@@ -225,8 +231,9 @@ class Worker:
             _log.info("ready for the run %s: data set %s, version %d", self._signed.run, self._data, self._version)
             while not self._stopped.is_set():
                 if not box.serve(_GLANCE_S):
+                    self._revive()
                     self._measure()
-            self.trail.record("agent-stopped", {"run": self._signed.run})
+            self._note("agent-stopped", {"run": self._signed.run})
 
     def stop(self) -> None:
         """End `serve`, from whatever thread; a round under way is given up, and steps it had not begun are not counted.
@@ -257,17 +264,14 @@ class Worker:
         self._tell("training" if kind == Start.kind else "answering")
         spent = len(agent.spends.spends)
         try:
-            answer = agent.answer(envelope)
+            answer = self._answered(agent, kind, envelope)
         finally:
             self._tell("idle")
         seconds = max(0.0, self._clock() - began)
         told = open_envelope(answer)
         spent = len(agent.spends.spends) - spent
         self._count(kind, told, spent, seconds)
-        if isinstance(told, Failure):
-            self._record_failure(kind, told)
-        elif kind in _RECORDED:
-            self.trail.record("message", {"asked": kind, "answered": told.kind})
+        self._record(kind, told)
         _log.info(
             "%s: %s in %.1f s",
             kind,
@@ -291,30 +295,51 @@ class Worker:
         if told.error == LedgerError.__name__:
             self.gauges.trouble("ledger", "The ledger cannot be read or written; nothing is trained.", failing=True)
 
-    def _record_failure(self, kind: str, told: Failure) -> None:
-        """Write a failure to the trail, unless there were too many within this minute; how many were left out is told."""
-        minute = int(time.monotonic() // 60)
-        if minute != self._minute:
-            self._minute, self._failures = minute, 0
-        self._failures += 1
-        if self._failures > _FAILURES_A_MINUTE:
-            self._left_out += 1
-            return
-        fields: dict[str, str | int | float | bool] = {
-            "asked": kind,
-            "answered": told.kind,
-            "error": told.error,
-            "rule": told.rule,
-        }
-        if self._left_out:
-            fields["left_out"], self._left_out = self._left_out, 0
-        self.trail.record("message", fields)
+    def _answered(self, agent: Agent, kind: str, envelope: Envelope) -> Envelope:
+        """Return the agent's answer. That an attempt was offered is in the trail first: without room there nothing begins."""
+        if kind == Offer.kind and (left_out := self._offers.take()) is not None:
+            try:
+                self.trail.record("offered", {"left_out": left_out} if left_out else {})
+            except RunError as error:
+                self._untold(error)
+                return seal(Failure.of(error))
+            self.gauges.mended("trail")
+        return agent.answer(envelope)
 
-    def _consent(self, message: Message) -> None:
-        """Return if the site's owner still allows this, whatever was allowed before."""
+    def _record(self, kind: str, told: Message) -> None:
+        """Write an answer to the trail, unless there were too many within this minute; how many were left out is told."""
+        failed = isinstance(told, Failure)
+        if not failed and kind not in _RECORDED:
+            return
+        left_out = (self._failures if failed else self._answers).take()
+        if left_out is None:
+            return
+        fields: dict[str, Value] = {"asked": kind, "answered": told.kind}
+        if isinstance(told, Failure):
+            fields |= {"error": told.error, "rule": told.rule}
+        self._note("message", fields | ({"left_out": left_out} if left_out else {}))
+
+    def _note(self, event: str, fields: Mapping[str, Value]) -> None:
+        """Write to the trail what has happened already. If that fails it is told otherwise, and what is going on goes on."""
+        try:
+            self.trail.record(event, fields)
+        except RunError as error:
+            self._untold(error)
+        else:
+            self.gauges.mended("trail")
+
+    def _untold(self, error: RunError) -> None:
+        self.gauges.trouble("trail", "The trail cannot be written; no further attempt is begun.", failing=True)
+        _log.warning("%s", error)
+
+    def _consent(self, message: Message, offer: Offer | None) -> None:
+        """Return if the site's owner still allows this, whatever was allowed before.
+
+        What was trained is paid: hours that end do not keep it from being summed. Everything else holds to the end.
+        """
         self._journal.sync()
         self._policy = enforced(self._home, self._journal)
-        if _fixed(self._policy) != self._fixed:
+        if _lasting(self._policy) != self._at_start:
             raise Refused(
                 "The policy's [answers] hold_s or [compute] round_s or memory_mb changed since this agent was started, which still "
                 "has the old ones. Stop it, and start it again.",
@@ -322,42 +347,69 @@ class Worker:
             )
         self._judge()
         self._approved()
-        if isinstance(message, Offer):
-            plan = self._signed.plan
+        if offer is not None:
             roster = enrolment.current(self._home, self._signed.federation)
-            require(judge_offer(self._policy, plan, message, roster, self._clock()))
+            found = judge_offer(self._policy, self._signed.plan, offer, roster, self._clock())
+            require(each for each in found if not (each.rule == "hours" and isinstance(message, _TRAINED)))
+        if isinstance(message, Offer):
             self._reload()
         elif not self._version:  # an offer brought rows that may not be used, and was refused
             raise Refused(f"The rows of {self._data!r} could not be loaded. The next offer tries again.", "data")
+        elif isinstance(message, Start):
+            self._check_version()
+
+    def _check_version(self) -> None:
+        """Return if the rows that the child has are those of the newest version: somebody may have withdrawn meanwhile."""
+        newest = self._journal.book.data_set(self._data).version
+        if newest != self._version:
+            raise Refused(
+                f"The child holds version {self._version} of the data set {self._data!r}, and the ledger has version {newest} by now. "
+                "Nothing is trained on the old one; the next offer loads the new one.",
+                "data",
+            )
 
     def _judge(self, *, rounds: int = 0) -> None:
         """Return if the policy allows the plan on the data as they are, and the budget has room for so many rounds.
 
-        It is found out in a process that ends with it: the libraries it takes are larger than all the rest of the agent.
-        What was allowed is judged again when policy or data have changed.
+        What was found is remembered, whether it allows the plan or not, until policy, data or roster change: so messages that
+        lead to nothing start no process each.
         """
         book = self._journal.book
         data = book.data_set(self._data)
-        if self._judged == (self._policy, data.version) and not rounds:
-            return
-        question = _Question(
-            policy=self._policy,
-            plan=self._signed.plan,
-            federation=self._signed.federation,
-            sites=len(enrolment.current(self._home, self._signed.federation).sites),
-            data=data,
-            base=self._base,
-            accounts={name: book.gate(name) for name in data.accounts},
-            rounds=rounds,
-        )
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
-            refusals, noise = apart.submit(_judged, question).result()
-        require(refusals)
-        remember(self._signed.plan.privacy, noise)
-        self._judged = self._policy, data.version
+        roster = enrolment.current(self._home, self._signed.federation)
+        basis = self._policy, data.version, roster.digest
+        known = self._judged
+        if known is None or known.basis != basis or time.monotonic() > known.until or rounds:
+            question = Question(
+                policy=self._policy,
+                plan=self._signed.plan,
+                federation=self._signed.federation,
+                sites=len(roster.sites),
+                data=data,
+                base=self._model_digest,
+                accounts={name: book.gate(name) for name in data.accounts},
+                rounds=rounds,
+            )
+            known = self._judged = self._found(question, basis)
+        require(known.refusals)
+
+    def _found(self, question: Question, basis: "_Basis") -> "_Judged":
+        try:
+            found = verdict(question)
+        except TimeoutError as error:
+            late = Refusal(
+                rule="compute",
+                sentence=f"{error} It is refused for now, and judged again after {_UNJUDGED_S:g} s. See what else this machine does, or "
+                "ask for a plan of fewer steps.",
+            )
+            return _Judged(basis=basis, refusals=(late,), until=time.monotonic() + _UNJUDGED_S)
+        if not found.refusals:
+            remember(question.plan.privacy, found.noise)
+        return _Judged(basis=basis, refusals=found.refusals)
 
     def _approved(self) -> None:
         signed, book = self._signed, self._journal.book
+        self._check_clock()
         now = book.now(self._clock())  # an approval that has ended does not come back with a clock that is put back
         terms = Terms(
             ledger=book.ledger,
@@ -369,14 +421,31 @@ class Worker:
             declared_persons=self._declared or book.data_set(self._data).declared_persons,
         )
         valid = given(book.approvals, self._policy, terms, now)
-        if needed(self._policy, valid) or book.in_force(signed.digest, signed.run, self._data, int(now)) is None:
+        if valid and needed(self._policy, valid):
+            raise Refused(
+                f"The run {signed.run!r} of the plan {signed.plan.name!r} has too few approvals for the data set {self._data!r}. "
+                f"{in_words(self._policy, valid)} Approve it: confide site plan approve",
+                "approval",
+            )
+        if not valid or book.in_force(signed.digest, signed.run, self._data, int(now)) is None:
             raise Refused(
                 f"The run {signed.run!r} of the plan {signed.plan.name!r} is not approved for the data set {self._data!r}, or no "
                 "longer. Read it and approve it: confide site plan approve",
                 "approval",
             )
 
-    def _whole(self) -> None:
+    def _check_clock(self) -> None:
+        """Return if the ledger's time is not far ahead of this machine's: until then no approval would come to its end."""
+        last, now = self._journal.book.at, self._clock()
+        if last - now > DAY_S:
+            raise Refused(
+                f"The ledger's last record is of {utc_text(last)}, and this machine's clock says {utc_text(int(now))}, which is more "
+                "than a day earlier: the clock was wrong once, or is now. Approvals cannot be timed until it has caught up. If it "
+                "is wrong now, set it; if it was wrong then, wait until that time, or begin anew with a recovery of the ledger.",
+                "approval",
+            )
+
+    def _check_goes_on(self) -> None:
         """Return if the ledger goes on from what this site noted of it, in its other federations too."""
         if self._home.witness.exists():
             book = self._journal.book
@@ -426,6 +495,12 @@ class Worker:
                 f"{self._signed.plan.privacy.delta:g} is not below one over that. Ask for a plan with a lower delta.",
                 "plan-privacy",
             )
+        if self._policy.budget.delta * trainer.person_count >= 1:
+            raise Refused(
+                f"The data set {self._data!r} has {trainer.person_count} persons; the policy's [budget] delta = "
+                f"{self._policy.budget.delta:g} is not below one over that. Lower it.",
+                "budget",
+            )
         self._version = rows.data.version
         self._declared = self._declared or rows.data.declared_persons
 
@@ -439,7 +514,35 @@ class Worker:
         self._trainer.change(self._load(rows))
         self._accept(self._trainer, rows)
         self._spends.version = self._version
-        self.trail.record("rows-loaded", {"data": self._data, "version": rows.data.version})
+        self._note("rows-loaded", {"data": self._data, "version": rows.data.version})
+
+    def _revive(self) -> None:
+        """Start a child if there is none, since a round was given up: how long loading takes is then in no round's answer.
+
+        Rows that are not the newest any more are not loaded; the next offer loads the others. After a failure it is tried again
+        a minute later.
+        """
+        if self._trainer.process is not None:
+            self.gauges.mended("child")
+            return
+        now = time.monotonic()
+        if not self._version or now - self._tried < _AGAIN_S:
+            return
+        self._tried = now
+        self._tell("loading")
+        try:
+            self._journal.sync()
+            self._check_version()
+            self._trainer.load()
+        except ConfideError as error:
+            if not self._stopped.is_set():
+                self.gauges.trouble("child", "The child that trains could not be started; it is tried again.")
+                _log.warning("no child could be started between rounds: %s", error)
+        else:
+            self._tried = -math.inf
+            self.gauges.mended("child")
+        finally:
+            self._tell("idle")
 
     def _tell(self, doing: str) -> None:
         self._doing, self._since = doing, self._clock()
@@ -463,37 +566,45 @@ class Worker:
         }
 
 
+_Basis = tuple[Policy, int, str]
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Question:
-    """What a judgement rests on."""
+class _Judged:
+    """What was found out of the plan.
 
-    policy: Policy
-    plan: Plan
-    federation: str
-    sites: int
-    data: DataSet
-    base: str
-    accounts: Mapping[str, Filter]
-    rounds: int
+    Attributes:
+        basis: The policy, the version of the data and the digest of the roster that it was found out by.
+        refusals: Every reason why not.
+        until: When it has to be found out again, by a clock that never goes back.
+    """
 
-
-def _judged(question: _Question) -> tuple[tuple[Refusal, ...], float]:
-    """Return every refusal, and the plan's noise multiplier, 0 if there is a refusal."""
-    refusals = judge_plan(
-        question.policy,
-        question.plan,
-        base_digest=question.base,
-        federation=question.federation,
-        sites_on_roster=question.sites,
-        declared_persons=question.data.declared_persons,
-        person_id=question.data.person_id,
-    )
-    if not refusals and question.rounds > 0:
-        refusals = judge_price(Price.of(question.plan.privacy, question.accounts, question.rounds))
-    return refusals, 0.0 if refusals else noise_multiplier(question.plan.privacy)
+    basis: _Basis
+    refusals: tuple[Refusal, ...]
+    until: float = math.inf
 
 
-def _fixed(policy: Policy) -> tuple[float, ...]:
+class _Lines:
+    """Counts the lines of one kind in the trail, so that there are no more than _LINES_A_MINUTE."""
+
+    def __init__(self) -> None:
+        self._minute = self._taken = self._left_out = 0
+
+    def take(self) -> int | None:
+        """Return how many lines were left out since the last one if another may be written, else None."""
+        minute = int(time.monotonic() // 60)
+        if minute != self._minute:
+            self._minute, self._taken = minute, 0
+        if self._taken >= _LINES_A_MINUTE:
+            self._left_out += 1
+            return None
+        self._taken += 1
+        left_out, self._left_out = self._left_out, 0
+        return left_out
+
+
+def _lasting(policy: Policy) -> tuple[float, ...]:
+    """Return what of a policy an agent has once it was started, whatever is written there later."""
     return policy.answers.hold_s, policy.compute.round_s, policy.compute.memory_mb
 
 

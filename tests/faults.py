@@ -312,7 +312,7 @@ class Ground:
             spends=Spends(journal, run=RUN, plan=self.plan.digest, data=DATA, key=bytes(32)),
             kept=kept,
             witness=witness,
-            consent=lambda message: journal.sync(),
+            consent=lambda message, offer: journal.sync(),
         )
         agent.spends.settle()
         return agent

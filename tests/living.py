@@ -332,7 +332,7 @@ class Others:
         self.asked: Asked = living.asked
         self.before: Callable[[str], None] = lambda kind: None  # called before the site is asked anything
         self.heard: list[tuple[Envelope, Envelope]] = []
-        self._attempts = itertools.count(1)
+        self._attempts: dict[int, Iterator[int]] = {}  # by round
 
     def offer(self, number: int, attempt: int = 1, **changes: Any) -> Offer:
         """An offer to all three, not signed."""
@@ -369,7 +369,8 @@ class Others:
             training_s=60.0,
             answer_s=60.0,
         )
-        self.state, record = run_round(run, self, self.state, number, self._attempts.__next__)
+        attempts = self._attempts.setdefault(number, itertools.count(1))
+        self.state, record = run_round(run, self, self.state, number, attempts.__next__)
         return record
 
     def ask(self, messages: Mapping[str, Envelope], timeout_s: float) -> Iterator[tuple[str, Envelope]]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from confide.client.agent import Agent
+from confide.client.agent import LAST_ATTEMPT, Agent
 from confide.client.conformance import Certificate, certify
 from confide.client.journal import Journal
 from confide.client.kept import Kept
@@ -140,6 +140,42 @@ def contributed(agent: Agent, offered: Offer, adapter: np.ndarray[Any, Any]) -> 
 
 
 REFUSED = Failure(error="Refused", sentence="The site refused.")
+
+
+def test_a_round_has_so_many_attempts_and_no_more(
+    model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples
+) -> None:
+    agent = make_agent(model, ring, make_examples, None, Retrying())
+
+    last = asked(agent, offer(model, ring, attempt=LAST_ATTEMPT))
+    beyond = asked(agent, offer(model, ring, attempt=LAST_ATTEMPT + 1))
+    following = asked(agent, offer(model, ring, number=2))
+
+    assert isinstance(last, Advertisement)
+    assert beyond == REFUSED
+    assert isinstance(following, Advertisement)
+
+
+def test_every_message_is_consented_to_with_the_offer_of_its_attempt(
+    model: AdaptedModel, ring: RingLayout, make_examples: MakeExamples
+) -> None:
+    heard: list[tuple[str, Offer | None]] = []
+    agent = make_agent(model, ring, make_examples, None, Retrying())
+    agent._consent = lambda message, offered: heard.append((message.kind, offered))
+    first, refused = offer(model, ring), dataclasses.replace(offer(model, ring, attempt=2), run="another")
+
+    asked(agent, Survivors(context="x", sites=b""))
+    contributed(agent, first, model.start)
+    asked(agent, refused)
+    asked(agent, Survivors(context="x", sites=b""))
+
+    assert heard == [
+        ("survivors", None),
+        ("offer", first),
+        ("start", first),
+        ("offer", refused),
+        ("survivors", first),
+    ]
 
 
 def test_a_round_is_trained_once_and_every_attempt_sends_the_same_vector(

@@ -284,6 +284,23 @@ def test_an_agent_is_refused_a_site_that_another_one_holds(
     assert f"in use by process {os.getpid()}" in capsys.readouterr().err
 
 
+def test_an_agent_waits_for_whoever_writes_to_the_ledger_and_a_command_soon_says_that_it_is_busy(
+    site: Site, base_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    begun = Journal.open
+
+    def watched(path: Path, *, wait_s: float, **options: Any) -> Journal:
+        waits.append(wait_s)
+        return begun(path, wait_s=wait_s, **options)
+
+    monkeypatch.setattr(Journal, "open", watched)
+    site.do("agent", site.plan, "--model", base_directory)
+    site.do("data", "check", "letters", site.plan)
+
+    assert waits == [600.0, 10.0]
+
+
 def _commands() -> Any:
     return typer.main.get_command(importlib.import_module("confide.client.cli").app)
 

@@ -3,11 +3,15 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from confide.client import enrolment
+from confide.client import worker as workers
 from confide.client.home import replace_private
+from confide.client.judgement import policy_of
 from confide.client.postbox import private_folder
 from confide.common.crypto import Identity
 from confide.common.entries import Started
@@ -17,7 +21,7 @@ from confide.common.roster import Roster
 from confide.common.witness import Witness
 from tests import living
 from tests.conftest import plan_text
-from tests.living import ADMIN, FEDERATION, NAME, Living, failure
+from tests.living import ADMIN, DATA, FEDERATION, NAME, Living, failure
 
 
 @pytest.fixture
@@ -91,3 +95,31 @@ def test_a_policy_that_others_may_write_or_that_lies_elsewhere_allows_nothing_fr
         told.append(open_envelope(answer(asked)))
 
     assert [failure(each).error for each in told] == ["Refused", *["UsageError"] * 4]
+
+
+def test_rows_of_more_persons_than_the_policys_delta_is_for_are_not_accepted(site: Living) -> None:
+    site.change_policy(delta=0.005)
+    data = site.book.data_set(DATA)
+    rows: Any = SimpleNamespace(data=data, path=site.table)
+
+    with site.worker() as worker:
+        worker._policy = policy_of(site.home)
+        worker._accept(cast(Any, SimpleNamespace(fingerprint=data.fingerprint, person_count=199)), rows)
+        with pytest.raises(Refused, match=r"has 200 persons; the policy's \[budget\] delta = 0.005") as refused:
+            worker._accept(cast(Any, SimpleNamespace(fingerprint=data.fingerprint, person_count=200)), rows)
+
+    assert refused.value.rule == "budget"
+
+
+def test_the_trail_takes_so_many_lines_a_minute_and_tells_how_many_were_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines, now = workers._Lines(), 0.0
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: now))
+
+    taken = [lines.take() for _ in range(70)]
+    now = 60.0
+    following = [lines.take() for _ in range(2)]
+
+    assert taken == [0] * 60 + [None] * 10
+    assert following == [10, 0]

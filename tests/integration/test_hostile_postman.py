@@ -5,6 +5,7 @@ and the agent completes an honest round.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -23,6 +24,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from confide.client import postbox
+from confide.client import worker as workers
+from confide.client.agent import LAST_ATTEMPT
 from confide.client.postbox import private_folder
 from confide.client.trail import verify_trail
 from confide.client.worker import METRICS, STATUS, STOP, Worker
@@ -350,7 +353,7 @@ def test_every_message_that_was_ever_sent_is_refused_when_it_comes_again(scene: 
 
 
 def test_a_round_that_is_played_to_its_end_is_not_opened_a_second_time_by_a_new_attempt(scene: Scene) -> None:
-    offer = scene.others.offer(scene.round, attempt=1_000)
+    offer = scene.others.offer(scene.round, attempt=64)
 
     with scene.attacked():
         told = scene.refused(scene.others.signed(offer))
@@ -362,7 +365,7 @@ def test_a_round_that_is_played_to_its_end_is_not_opened_a_second_time_by_a_new_
     "signer", [STRANGER, ADMIN, PEERS["peer-111"], None], ids=["stranger", "admin", "peer", "none"]
 )
 def test_an_offer_that_the_coordinator_did_not_sign_is_refused(scene: Scene, signer: Identity | None) -> None:
-    offer = scene.others.offer(scene.round + 1, attempt=500)
+    offer = scene.others.offer(scene.round + 1, attempt=50)
     offer = dataclasses.replace(offer, signature=bytes(64)) if signer is None else scene.others.signed(offer, signer)
 
     with scene.attacked():
@@ -383,7 +386,7 @@ COHORTS = {
 
 @pytest.mark.parametrize("cohort", COHORTS.values(), ids=COHORTS)
 def test_a_cohort_is_refused(scene: Scene, cohort: tuple[str, ...]) -> None:
-    offer = scene.others.signed(scene.others.offer(scene.round + 1, attempt=500, cohort=cohort))
+    offer = scene.others.signed(scene.others.offer(scene.round + 1, attempt=50, cohort=cohort))
 
     with scene.attacked():
         told = scene.refused(offer)
@@ -397,7 +400,7 @@ def test_a_roster_full_of_keys_is_a_cohort_of_one_where_the_owner_asks_for_sites
     with scene.attacked():
         scene.site.change_policy(known_sites=known, fewest_known=1)
         try:
-            told = scene.refused(scene.others.signed(scene.others.offer(scene.round + 1, attempt=500)))
+            told = scene.refused(scene.others.signed(scene.others.offer(scene.round + 1, attempt=50)))
         finally:
             scene.site.change_policy(known_sites="[]", fewest_known=0)
 
@@ -420,7 +423,7 @@ OFFERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", OFFERS.values(), ids=OFFERS)
 def test_an_offer_is_refused_whoever_signed_it(scene: Scene, changes: dict[str, Any]) -> None:
-    offer = dataclasses.replace(scene.others.offer(scene.round + 1, attempt=500), **changes)
+    offer = dataclasses.replace(scene.others.offer(scene.round + 1, attempt=50), **changes)
     if changes == {"attempt": 0}:
         offer = dataclasses.replace(offer, round=scene.round)
 
@@ -485,7 +488,7 @@ def test_noise_on_the_wire_in_the_middle_of_a_round_does_not_even_disturb_it(sce
         for body in (b"", b"{}", OBJECTS["an unknown kind"]):
             assert isinstance(open_envelope(scene.site.asked(Envelope(body=body))), Failure)
         assert isinstance(scene.site.told(Confirmation(context="00", signature=b"s")), Failure)
-        assert isinstance(scene.site.told(scene.others.offer(scene.round, attempt=900)), Failure)
+        assert isinstance(scene.site.told(scene.others.offer(scene.round, attempt=60)), Failure)
 
     scene.others.before = noise
     try:
@@ -508,6 +511,27 @@ def test_of_many_bad_messages_the_trail_takes_few_and_counts_the_rest(scene: Sce
         "unreadable",
     }
     verify_trail(scene.site.home.log)
+
+
+def test_of_many_good_messages_the_trail_takes_few_too_and_a_round_has_so_many_attempts_and_no_more(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_LINES_A_MINUTE", 3)
+    lines, number = trail(scene.site), scene.round + 1
+
+    with scene.attacked():
+        beyond = scene.refused(scene.others.signed(scene.others.offer(number, attempt=LAST_ATTEMPT + 1)))
+        told = [
+            scene.site.told(scene.others.signed(scene.others.offer(number, attempt=attempt)))
+            for attempt in range(1, 61)
+        ]
+        written = trail(scene.site)[len(lines) :]
+        scene.others._attempts[number] = itertools.count(61)
+
+    assert beyond.error == "Refused"
+    assert all(isinstance(answer, Advertisement) for answer in told)
+    assert 3 <= sum(line["event"] == "offered" for line in written) <= 2 * 3  # a minute may have ended meanwhile
+    assert 3 <= sum(line.get("answered") == "advertisement" for line in written) <= 2 * 3
 
 
 def trail(site: Living) -> list[dict[str, Any]]:

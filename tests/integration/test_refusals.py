@@ -9,14 +9,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from confide.client import enrolment
+from confide.client import enrolment, verdict
 from confide.client import worker as workers
 from confide.client.approval import Terms
 from confide.client.home import write_private
@@ -68,7 +67,7 @@ def ear() -> Ear:
 @pytest.fixture(autouse=True)
 def judged_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let plans be judged in this process, where it is heard what is opened."""
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
+    monkeypatch.setattr(workers, "verdict", verdict.judged)
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +332,8 @@ def test_where_two_persons_must_approve_one_is_not_enough(site: Living, begun: B
     refusal = begun()
 
     assert refusal.rule == "approval"
+    assert "has too few approvals for the data set 'letters'. Approved by Anna Huber until 20" in str(refusal.error)
+    assert "; 1 more must approve: Ben Ito. By the policy two persons must approve" in str(refusal.error)
     assert no_row_was_read(refusal)
 
 

@@ -18,15 +18,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from confide.client import worker as workers
+from confide.client.home import replace_private
 from confide.client.postbox import private_folder
+from confide.client.verdict import Question, Verdict, judged
 from confide.client.worker import Worker
-from confide.common.entries import Reserve, Started
-from confide.common.errors import UsageError
+from confide.common.entries import Reserve, Started, utc_text
+from confide.common.errors import Refused, UsageError
 from confide.common.ledger import COMMITTED, FORFEITED, REFUNDED, Round
-from confide.common.messages import Failure, open_envelope
+from confide.common.messages import Failure, Survivors, open_envelope
 from confide.common.model import attach
 from confide.server.store import RoundRecord
 from tests import faults, living
@@ -195,8 +199,31 @@ def test_a_child_that_is_killed_in_training_costs_the_steps_it_had_begun_and_the
     assert ward.known.state == REFUNDED
     assert true_steps(ward.known) < STEPS
     assert ward.told("start") == Failure(error="RunError", sentence="The site could not go on.")
+    until(lambda: worker._trainer.process not in {None, process})  # before any round would have to wait for it
+    following = worker._trainer.process
     assert ward.works_on()
-    assert worker._trainer.process not in {None, process}
+    assert worker._trainer.process == following
+
+
+@linux
+def test_a_child_that_does_not_start_between_rounds_is_told_of_and_not_started_over_and_over(
+    served: tuple[Ward, Worker],
+) -> None:
+    ward, worker = served
+    load, process = worker._trainer._load, worker._trainer.process
+    assert process is not None
+
+    worker._trainer._load = dataclasses.replace(load, table=ward.site.root / "nowhere.csv")
+    ward.in_training(lambda: os.kill(process, signal.SIGKILL))
+    until(lambda: b"could not be started" in ward.site.status())
+    tried = worker._tried
+    time.sleep(1)  # in which it is idle for five glances
+    again = worker._tried
+    worker._trainer._load = load
+
+    assert again == tried
+    assert ward.works_on()
+    until(lambda: b"could not be started" not in ward.site.status())
 
 
 @pytest.mark.slow
@@ -289,6 +316,137 @@ def test_a_policy_that_is_narrowed_while_the_agent_runs_holds_from_the_next_exch
     assert ward.works_on()
 
 
+CHANGES: dict[str, dict[str, object]] = {
+    "hours": {"windows": "[]"},
+    "cohort": {"known_sites": f'["stranger {living.STRANGER.public.hex()}"]', "fewest_known": 1},
+}
+
+
+@pytest.mark.parametrize("exchange", ["peers", "start"])
+@pytest.mark.parametrize("rule", CHANGES)
+def test_the_terms_of_an_offer_are_judged_again_at_every_exchange_before_training(
+    served: tuple[Ward, Worker], rule: str, exchange: str
+) -> None:
+    ward, _ = served
+    content = ward.site.home.policy.read_bytes()
+
+    record = ward.before(exchange, lambda: ward.site.change_policy(**CHANGES[rule]))
+    told, reserved = ward.told(exchange), ward.round in ward.site.rounds
+    replace_private(ward.site.home.policy, content)
+
+    assert not record.present
+    assert told is not None
+    assert told.rule == rule
+    assert not reserved
+    assert ward.works_on()
+
+
+@pytest.mark.parametrize("exchange", ["survivors", "signatures"])
+def test_after_training_all_terms_of_an_offer_hold_but_the_hours(served: tuple[Ward, Worker], exchange: str) -> None:
+    ward, _ = served
+    content = ward.site.home.policy.read_bytes()
+
+    summed = ward.before(exchange, lambda: ward.site.change_policy(**CHANGES["hours"]))
+    replace_private(ward.site.home.policy, content)
+    refused = ward.before(exchange, lambda: ward.site.change_policy(**CHANGES["cohort"]))
+    told = ward.told(exchange)
+    replace_private(ward.site.home.policy, content)
+
+    assert NAME in summed.present
+    assert NAME not in refused.present
+    assert told is not None
+    assert told.rule == "cohort"
+    assert ward.known.state == "bound"
+    assert ward.works_on()
+
+
+def test_nothing_is_trained_on_rows_of_an_older_version_and_the_next_offer_loads_the_new_one(
+    served: tuple[Ward, Worker],
+) -> None:
+    ward, worker = served
+
+    def withdraw() -> None:
+        with ward.site.registry() as registry:
+            registry.withdraw(living.DATA, ["p59"])
+
+    before, persons = worker._version, worker._trainer.person_count
+    record = ward.before("start", withdraw)
+    told, reserved = ward.told("start"), ward.round in ward.site.rounds
+
+    assert not record.present
+    assert told is not None
+    assert told.rule == "data"
+    assert not reserved
+    assert ward.works_on()
+    assert (worker._version, worker._trainer.person_count) == (before + 1, persons - 1)
+
+
+def test_what_was_found_of_a_plan_is_remembered_though_it_was_refused(
+    served: tuple[Ward, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ward, _ = served
+    asked: list[Question] = []
+
+    def counted(question: Question) -> Verdict:
+        asked.append(question)
+        return judged(question)
+
+    monkeypatch.setattr(workers, "verdict", counted)
+    ward.site.change_policy(targets='["query"]')
+    junk = [ward.site.told(Survivors(context="x", sites=b"")) for _ in range(5)]
+    ward.site.change_policy(targets='["query", "value"]')
+
+    assert [living.failure(each).rule for each in junk] == ["targets"] * 5
+    assert len(asked) == 1
+    assert ward.works_on()
+    assert len(asked) == 2
+
+
+def test_a_plan_that_takes_too_long_to_judge_is_refused_for_now_and_is_not_judged_at_every_message(
+    served: tuple[Ward, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ward, worker = served
+    asked: list[Question] = []
+
+    def never(question: Question) -> Verdict:
+        asked.append(question)
+        raise TimeoutError("The plan could not be judged within 120 s.")
+
+    monkeypatch.setattr(workers, "verdict", never)
+    worker._judged = None
+    junk = [ward.site.told(Survivors(context="x", sites=b"")) for _ in range(5)]
+    monkeypatch.setattr(workers, "verdict", judged)
+    later = time.monotonic() + 601
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: later, time=time.time))
+
+    assert [living.failure(each).rule for each in junk] == ["compute"] * 5
+    assert len(asked) == 1
+    assert ward.works_on()
+
+
+def test_a_trail_that_cannot_be_written_begins_no_attempt_and_swallows_no_answer(served: tuple[Ward, Worker]) -> None:
+    ward, worker = served
+    folder = worker.trail._folder
+
+    def full() -> None:
+        worker.trail._folder = Path("/dev/null/log")
+
+    begun = ward.before("start", full)
+    health = json.loads(ward.site.status())
+    refused = ward.run()
+    told, reserved = ward.told("offer"), ward.round in ward.site.rounds
+    worker.trail._folder = folder
+
+    assert NAME in begun.present
+    assert health["status"] == "failing"
+    assert "The trail cannot be written; no further attempt is begun." in health["reasons"]
+    assert not refused.present
+    assert told == Failure(error="RunError", sentence="The site could not go on.")
+    assert not reserved
+    assert ward.works_on()
+    assert json.loads(ward.site.status())["status"] == "ok"
+
+
 @pytest.mark.slow
 def test_rows_that_may_not_be_used_are_not_trained_on_by_going_on_with_an_older_attempt(
     served: tuple[Ward, Worker],
@@ -303,7 +461,7 @@ def test_rows_that_may_not_be_used_are_not_trained_on_by_going_on_with_an_older_
         with ward.site.registry() as registry:
             registry.add(living.DATA, ward.site.table, "patient")
         ward.site.table.write_bytes(content.replace(b"good", b"awful", 3))
-        offer = ward.others.signed(ward.others.offer(ward.round, attempt=700 + ward.round))
+        offer = ward.others.signed(ward.others.offer(ward.round, attempt=60))
         told = ward.site.told(offer)
         heard.append(told if isinstance(told, Failure) else None)
 
@@ -348,16 +506,39 @@ def test_a_clock_that_goes_back_while_the_agent_runs_takes_the_ledger_nowhere(ba
     with a_ward(base_directory) as ward, ward.site.served(clock=lambda: shown):
         assert ward.works_on()
         before = ward.site.book.at
-        shown -= 3 * DAY_S
+        shown -= DAY_S / 2
         assert ward.works_on()
-        shown += 10 * DAY_S
+        same = ward.site.book.at
+        shown += 7.5 * DAY_S
         assert ward.works_on()
         after = ward.site.book.at
-        shown -= 365 * DAY_S
-        assert ward.works_on()
-        last = ward.site.book.at
 
-    assert after == last == before + 7 * DAY_S
+    assert same == before
+    assert after == before + 7 * DAY_S
+
+
+@pytest.mark.slow
+def test_where_the_ledgers_time_is_far_ahead_of_the_clock_no_approval_is_relied_on(base_directory: Path) -> None:
+    began = shown = time.time()
+
+    with a_ward(base_directory) as ward, ward.site.served(clock=lambda: shown) as worker:
+        shown += 20 * DAY_S  # for a moment, by a mistake of whoever sets clocks
+        assert ward.works_on()
+        shown = began
+        record = ward.run()
+        told, reserved = ward.told("offer"), ward.round in ward.site.rounds
+        with pytest.raises(Refused) as caught:
+            worker._approved()
+        shown = began + 19.5 * DAY_S
+        assert ward.works_on()
+
+    assert not record.present
+    assert told is not None
+    assert told.rule == "approval"
+    assert not reserved
+    for moment in (began, began + 20 * DAY_S):
+        assert utc_text(int(moment)) in str(caught.value)
+    assert "the clock was wrong once, or is now" in str(caught.value)
 
 
 @pytest.mark.slow

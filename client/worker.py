@@ -137,9 +137,7 @@ class Worker:
         self.trail = Trail(home.log, clock=clock)
         self.gauges = Gauges(home.site, clock=clock)
         self._offers, self._answers, self._failures = _Lines(), _Lines(), _Lines()
-        self._tried = (
-            -math.inf
-        )  # when it was tried last to start a child between rounds, by a clock that never goes back
+        self._tried = -math.inf  # when a child was last tried to be started between rounds
 
     @contextmanager
     def ready(self) -> "Iterator[Callable[[Envelope], Envelope]]":
@@ -441,7 +439,7 @@ class Worker:
             raise Refused(
                 f"The ledger's last record is of {utc_text(last)}, and this machine's clock says {utc_text(int(now))}, which is more "
                 "than a day earlier: the clock was wrong once, or is now. Approvals cannot be timed until it has caught up. If it "
-                "is wrong now, set it; if it was wrong then, wait until that time, or begin anew with a recovery of the ledger.",
+                "is wrong now, set it; if it was wrong then, wait until that time.",
                 "approval",
             )
 

@@ -517,6 +517,7 @@ def test_of_many_good_messages_the_trail_takes_few_too_and_a_round_has_so_many_a
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "_LINES_A_MINUTE", 3)
+    scene.worker._offers, scene.worker._answers = workers._Lines(), workers._Lines()  # as in a minute that begins
     lines, number = trail(scene.site), scene.round + 1
 
     with scene.attacked():

@@ -160,9 +160,9 @@ class Ward:
 
 
 @contextlib.contextmanager
-def a_ward(base_directory: Path) -> Iterator[Ward]:
+def a_ward(base_directory: Path, steps: int = STEPS) -> Iterator[Ward]:
     with private_folder() as folder:
-        text = living.plan_text(plan_text(base_directory), rounds=30, steps_per_round=STEPS)
+        text = living.plan_text(plan_text(base_directory), rounds=30, steps_per_round=steps)
         site = living.made(folder, base_directory, text)
         yield Ward(site=site, others=Others(site, attach(base_directory, site.signed.plan)))
 
@@ -178,6 +178,13 @@ def served(pattern: Ward) -> Iterator[tuple[Ward, Worker]]:
     """A site whose agent is served in a thread of this process, for tests that leave it at work."""
     with pattern.site.served() as worker:
         yield pattern, worker
+
+
+@pytest.fixture(scope="module")
+def swift(base_directory: Path) -> Iterator[tuple[Ward, Worker]]:
+    """Another one, whose rounds are short, for tests in which nothing happens in the middle of training."""
+    with a_ward(base_directory, steps=2) as ward, ward.site.served() as worker:
+        yield ward, worker
 
 
 def true_steps(known: Round) -> int:
@@ -325,9 +332,9 @@ CHANGES: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("exchange", ["peers", "start"])
 @pytest.mark.parametrize("rule", CHANGES)
 def test_the_terms_of_an_offer_are_judged_again_at_every_exchange_before_training(
-    served: tuple[Ward, Worker], rule: str, exchange: str
+    swift: tuple[Ward, Worker], rule: str, exchange: str
 ) -> None:
-    ward, _ = served
+    ward, _ = swift
     content = ward.site.home.policy.read_bytes()
 
     record = ward.before(exchange, lambda: ward.site.change_policy(**CHANGES[rule]))
@@ -342,8 +349,8 @@ def test_the_terms_of_an_offer_are_judged_again_at_every_exchange_before_trainin
 
 
 @pytest.mark.parametrize("exchange", ["survivors", "signatures"])
-def test_after_training_all_terms_of_an_offer_hold_but_the_hours(served: tuple[Ward, Worker], exchange: str) -> None:
-    ward, _ = served
+def test_after_training_all_terms_of_an_offer_hold_but_the_hours(swift: tuple[Ward, Worker], exchange: str) -> None:
+    ward, _ = swift
     content = ward.site.home.policy.read_bytes()
 
     summed = ward.before(exchange, lambda: ward.site.change_policy(**CHANGES["hours"]))
@@ -361,9 +368,9 @@ def test_after_training_all_terms_of_an_offer_hold_but_the_hours(served: tuple[W
 
 
 def test_nothing_is_trained_on_rows_of_an_older_version_and_the_next_offer_loads_the_new_one(
-    served: tuple[Ward, Worker],
+    swift: tuple[Ward, Worker],
 ) -> None:
-    ward, worker = served
+    ward, worker = swift
 
     def withdraw() -> None:
         with ward.site.registry() as registry:
@@ -382,9 +389,9 @@ def test_nothing_is_trained_on_rows_of_an_older_version_and_the_next_offer_loads
 
 
 def test_what_was_found_of_a_plan_is_remembered_though_it_was_refused(
-    served: tuple[Ward, Worker], monkeypatch: pytest.MonkeyPatch
+    swift: tuple[Ward, Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ward, _ = served
+    ward, _ = swift
     asked: list[Question] = []
 
     def counted(question: Question) -> Verdict:
@@ -403,9 +410,9 @@ def test_what_was_found_of_a_plan_is_remembered_though_it_was_refused(
 
 
 def test_a_plan_that_takes_too_long_to_judge_is_refused_for_now_and_is_not_judged_at_every_message(
-    served: tuple[Ward, Worker], monkeypatch: pytest.MonkeyPatch
+    swift: tuple[Ward, Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ward, worker = served
+    ward, worker = swift
     asked: list[Question] = []
 
     def never(question: Question) -> Verdict:
@@ -424,8 +431,8 @@ def test_a_plan_that_takes_too_long_to_judge_is_refused_for_now_and_is_not_judge
     assert ward.works_on()
 
 
-def test_a_trail_that_cannot_be_written_begins_no_attempt_and_swallows_no_answer(served: tuple[Ward, Worker]) -> None:
-    ward, worker = served
+def test_a_trail_that_cannot_be_written_begins_no_attempt_and_swallows_no_answer(swift: tuple[Ward, Worker]) -> None:
+    ward, worker = swift
     folder = worker.trail._folder
 
     def full() -> None:

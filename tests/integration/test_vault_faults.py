@@ -510,7 +510,7 @@ def test_withdrawals_that_leave_too_few_persons_hold_from_the_next_round_on(serv
 def test_a_clock_that_goes_back_while_the_agent_runs_takes_the_ledger_nowhere(base_directory: Path) -> None:
     shown = time.time() + DAY_S
 
-    with a_ward(base_directory) as ward, ward.site.served(clock=lambda: shown):
+    with a_ward(base_directory, steps=2) as ward, ward.site.served(clock=lambda: shown):
         assert ward.works_on()
         before = ward.site.book.at
         shown -= DAY_S / 2
@@ -550,7 +550,7 @@ def test_where_the_ledgers_time_is_far_ahead_of_the_clock_no_approval_is_relied_
 
 @pytest.mark.slow
 def test_an_agent_that_is_stopped_in_training_gives_the_steps_it_had_not_begun_back(base_directory: Path) -> None:
-    with a_ward(base_directory) as ward:
+    with a_ward(base_directory, steps=2) as ward:
         with ward.site.process() as process:
             assert ward.works_on()
             record = ward.in_training(ward.site.stop)

@@ -17,7 +17,6 @@ from confide.common.wording import command, several
 if TYPE_CHECKING:
     from confide.client.home import Home
     from confide.client.opening import Opened
-    from confide.client.policy import Policy
     from confide.client.readiness import Check, Spread
     from confide.common.entries import DataSet
     from confide.common.ledger import Book
@@ -45,7 +44,9 @@ def add(
     ] = "person",
     declared: Annotated[
         int | None,
-        typer.Option(help="How many persons to make public; two digits and zeros, no more than there are.", min=1),
+        typer.Option(
+            help="How many persons to make public; two digits and zeros, below 100 one, no more than there are.", min=1
+        ),
     ] = None,
     plan: Annotated[
         str | None,
@@ -304,9 +305,7 @@ def report(
         labels = None
         if histogram:
             sigma = policy.metrics.smallest_noise_multiplier if noise is None else noise
-            labels = vault.registry.release_labels(
-                name, asked, noise_multiplier=sigma, least_noise_multiplier=_least(policy)
-            )
+            labels = vault.registry.release_labels(name, asked, noise_multiplier=sigma, metrics=policy.metrics)
         told = readiness_report(vault.journal.book.data_set(name), asked, check=found, tell=wanted, labels=labels)
     out.write_bytes(told + b"\n")
     if as_json:
@@ -343,12 +342,6 @@ def _typical(home: "Home", plan: str) -> "Spend":
     from confide.common.accounting import planned_spend
 
     return planned_spend(plan_at(plan, home).privacy)
-
-
-def _least(policy: "Policy") -> float | None:
-    from confide.client.policy import LABEL_HISTOGRAM
-
-    return policy.metrics.smallest_noise_multiplier if LABEL_HISTOGRAM in policy.metrics.leave else None
 
 
 def _tree(entry: "DataSet", book: "Book") -> dict[str, object]:

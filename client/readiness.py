@@ -254,8 +254,8 @@ def label_histogram(
     journal: Journal,
     *,
     noise_multiplier: float,
-    least_noise_multiplier: float | None,
-    person_key: bytes | None = None,
+    metrics: Metrics,
+    person_key: bytes,
     left_out: Collection[int] = (),
     randomness: Randomness | None = None,
 ) -> LabelHistogram:
@@ -270,9 +270,8 @@ def label_histogram(
         data: The data set as the ledger has it.
         journal: The site's ledger; every account of the data set is charged.
         noise_multiplier: The noise's standard deviation over what one person can change; so it is in persons.
-        least_noise_multiplier: The smallest that the policy allows; None if it lets no histogram leave.
-        person_key: `Registry.person_key`, by which it is seen that the table is still the registered one once it has been
-            read; None if nobody can exchange it meanwhile.
+        metrics: What the policy allows to leave, and with how much noise.
+        person_key: `Registry.person_key`, by which it is seen that the table is still the registered one once it was read.
         left_out: The numbers of rows that are not to be read.
         randomness: Where the noise comes from; fresh draws of the operating system's if absent.
 
@@ -290,16 +289,11 @@ def label_histogram(
     if plan.task.kind not in CLASSES:
         raise UsageError(f"{plan.task.kind} has no labels to count. Only {', '.join(CLASSES)} do.")
     check_unit(data, plan)  # by another unit one person would count as several
-    metrics = Metrics(
-        leave=() if least_noise_multiplier is None else (LABEL_HISTOGRAM,),
-        smallest_noise_multiplier=least_noise_multiplier or noise_multiplier,
-    )
     require(judge_release(metrics, LABEL_HISTOGRAM, noise_multiplier))
     seen = _Seen(plan)
     _read(path, plan, left_out, Faults(path, {}), seen)
     shares = seen.shares()
-    if person_key is not None:
-        _check_same(path, data, person_key)
+    _check_same(path, data, person_key)
     release = Release(data=data.data, what=LABEL_HISTOGRAM, noise_multiplier=noise_multiplier)
     journal.append(release)
     noise = rounded_gaussian(randomness or CryptographicNoise(), noise_multiplier * _GRID, len(shares))

@@ -30,6 +30,7 @@ from confide.client.persons import (
     read_persons,
 )
 from confide.client.persons import declared as rounded
+from confide.client.policy import Metrics
 from confide.client.readiness import Check, LabelHistogram, check_unit, examine, label_histogram
 from confide.client.table import table_columns
 from confide.common.crypto import derive, seal_bytes, unseal_bytes
@@ -259,7 +260,7 @@ class Registry:
         plan: Plan,
         *,
         noise_multiplier: float,
-        least_noise_multiplier: float | None,
+        metrics: Metrics,
         randomness: Randomness | None = None,
     ) -> LabelHistogram:
         """Charge a noised histogram of the data set's labels to its accounts, and then return it; see `label_histogram`.
@@ -278,7 +279,8 @@ class Registry:
             held.data,
             self._journal,
             noise_multiplier=noise_multiplier,
-            least_noise_multiplier=least_noise_multiplier,
+            metrics=metrics,
+            person_key=self._person_key,
             left_out=held.left_out,
             randomness=randomness,
         )
@@ -292,7 +294,7 @@ class Registry:
 
         Args:
             name: The data set.
-            identifiers: The persons', as in the table's column of persons; white space around them does not count.
+            identifiers: The persons', as in the table's column of persons; white space around them does not count, nor how accents are spelled.
             anew: The list was lost: these are all who ever withdrew. Without this word a lost list is an error.
 
         Raises:
@@ -441,7 +443,7 @@ class Registry:
             )
         if asked is not None and not (1 <= asked <= count and asked == rounded(asked)):
             raise UsageError(
-                f"{asked} persons cannot be declared: a number of two digits and zeros is, and never more than there are "
+                f"{asked} persons cannot be declared: a number of two digits and zeros is, below 100 of one, and never more than there are "
                 "persons in the table. Leave it out to have one chosen."
             )
         constant = rounded(count) if asked is None else asked

@@ -18,6 +18,7 @@ from hypothesis import given, settings, strategies
 from confide.client import readiness
 from confide.client.journal import Journal
 from confide.client.noise import CryptographicNoise
+from confide.client.policy import LABEL_HISTOGRAM, Metrics
 from confide.client.readiness import (
     DECLARED_CHECKS,
     ROW_CHECKS,
@@ -97,6 +98,13 @@ def new_journal() -> Journal:
     )
     journal.append(policy)
     return journal
+
+
+KEY = Registry(Path(), new_journal(), bytes(32)).person_key
+
+
+def allowing(least: float | None) -> Metrics:
+    return Metrics(leave=() if least is None else (LABEL_HISTOGRAM,), smallest_noise_multiplier=least or 1.0)
 
 
 def registered(journal: Journal, path: Path, folder: Path) -> DataSet:
@@ -356,7 +364,14 @@ def test_a_histogram_counts_each_person_as_one_and_says_its_noise_and_cost(tmp_p
     data = registered(journal, path, tmp_path)
 
     histogram = label_histogram(
-        path, plan_for(), data, journal, noise_multiplier=20.0, least_noise_multiplier=10.0, randomness=Silent()
+        path,
+        plan_for(),
+        data,
+        journal,
+        noise_multiplier=20.0,
+        metrics=allowing(10.0),
+        person_key=KEY,
+        randomness=Silent(),
     )
 
     # p1 is two thirds of a "yes" and a third of a "no", p2 one "no"; rounded to whole numbers.
@@ -384,14 +399,28 @@ def test_the_ledger_holds_the_release_before_any_noised_number_exists(tmp_path: 
             return super().words(count)
 
     label_histogram(
-        path, plan_for(), data, journal, noise_multiplier=20.0, least_noise_multiplier=10.0, randomness=Watching()
+        path,
+        plan_for(),
+        data,
+        journal,
+        noise_multiplier=20.0,
+        metrics=allowing(10.0),
+        person_key=KEY,
+        randomness=Watching(),
     )
     assert set(seen) == {1}
 
     journal.close()
     with pytest.raises(LedgerError):
         label_histogram(
-            path, plan_for(), data, journal, noise_multiplier=20.0, least_noise_multiplier=10.0, randomness=Watching()
+            path,
+            plan_for(),
+            data,
+            journal,
+            noise_multiplier=20.0,
+            metrics=allowing(10.0),
+            person_key=KEY,
+            randomness=Watching(),
         )
     assert len(seen) == 1  # no noise was drawn for what the ledger did not take
 
@@ -401,7 +430,7 @@ def test_a_histogram_that_an_account_has_no_room_for_does_not_leave(tmp_path: Pa
     data = registered(journal, path, tmp_path)
 
     with pytest.raises(Refused) as caught:
-        label_histogram(path, plan_for(), data, journal, noise_multiplier=0.1, least_noise_multiplier=0.1)
+        label_histogram(path, plan_for(), data, journal, noise_multiplier=0.1, metrics=allowing(0.1), person_key=KEY)
 
     assert caught.value.rule == "budget"
     assert journal.book.releases == ()
@@ -418,7 +447,9 @@ def test_a_histogram_beyond_the_policy_does_not_leave(
     data = registered(journal, path, tmp_path)
 
     with pytest.raises(Refused) as caught:
-        label_histogram(path, plan_for(), data, journal, noise_multiplier=noise, least_noise_multiplier=least)
+        label_histogram(
+            path, plan_for(), data, journal, noise_multiplier=noise, metrics=allowing(least), person_key=KEY
+        )
 
     assert caught.value.rule == rule
     assert journal.book.releases == ()
@@ -428,19 +459,17 @@ def test_the_rows_that_a_histogram_counts_are_those_whose_fingerprint_was_checke
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal, path = new_journal(), table(tmp_path / "a.csv", ROWS)
-    data, key = registered(journal, path, tmp_path), Registry(tmp_path / "data", journal, bytes(32)).person_key
+    data = registered(journal, path, tmp_path)
     read = readiness._read
 
     def exchanged(*arguments: Any) -> int:
         table(path, [("p9", "somebody else's", "yes")])
         return read(*arguments)
 
-    label_histogram(path, plan_for(), data, journal, noise_multiplier=20.0, least_noise_multiplier=10.0, person_key=key)
+    label_histogram(path, plan_for(), data, journal, noise_multiplier=20.0, metrics=allowing(10.0), person_key=KEY)
     monkeypatch.setattr(readiness, "_read", exchanged)
     with pytest.raises(DataError, match="changed while it was read, and nothing was released"):
-        label_histogram(
-            path, plan_for(), data, journal, noise_multiplier=20.0, least_noise_multiplier=10.0, person_key=key
-        )
+        label_histogram(path, plan_for(), data, journal, noise_multiplier=20.0, metrics=allowing(10.0), person_key=KEY)
 
     assert len(journal.book.releases) == 1
 
@@ -451,7 +480,7 @@ def test_a_histogram_counts_no_person_as_several(tmp_path: Path) -> None:
 
     with pytest.raises(Refused, match="was registered by the column 'patient'"):
         label_histogram(
-            path, plan_for(person_id=None), data, journal, noise_multiplier=20.0, least_noise_multiplier=10.0
+            path, plan_for(person_id=None), data, journal, noise_multiplier=20.0, metrics=allowing(10.0), person_key=KEY
         )
 
     assert journal.book.releases == ()
@@ -460,7 +489,13 @@ def test_a_histogram_counts_no_person_as_several(tmp_path: Path) -> None:
 def test_a_task_without_labels_has_no_histogram(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="regression has no labels to count"):
         label_histogram(
-            tmp_path, plan_for(REGRESSION), data_set(), new_journal(), noise_multiplier=20.0, least_noise_multiplier=1.0
+            tmp_path,
+            plan_for(REGRESSION),
+            data_set(),
+            new_journal(),
+            noise_multiplier=20.0,
+            metrics=allowing(1.0),
+            person_key=KEY,
         )
 
 
@@ -508,7 +543,8 @@ def test_the_noise_of_a_histogram_has_the_deviation_that_is_charged(tmp_path: Pa
             data,
             typing.cast(Journal, Taking()),  # 300 releases are more than any budget has room for
             noise_multiplier=sigma,
-            least_noise_multiplier=1.0,
+            metrics=allowing(1.0),
+            person_key=KEY,
             randomness=randomness,
         ).counts
         for _ in range(draws)
@@ -531,6 +567,6 @@ def test_by_default_the_noise_is_cryptographic(tmp_path: Path, monkeypatch: pyte
             made.append(self)
 
     monkeypatch.setattr("confide.client.readiness.CryptographicNoise", Counted)
-    label_histogram(path, plan_for(), data, journal, noise_multiplier=20.0, least_noise_multiplier=10.0)
+    label_histogram(path, plan_for(), data, journal, noise_multiplier=20.0, metrics=allowing(10.0), person_key=KEY)
 
     assert len(made) == 1

@@ -735,7 +735,7 @@ def test_a_plan_that_tells_persons_apart_by_another_column_is_refused(registry: 
     registry.add("letters", table(tmp_path / "a.csv", named(1, 2, 3)), "patient")
 
     for person_id in (None, "text_id"):
-        with pytest.raises(Refused, match="was registered by 'patient'") as caught:
+        with pytest.raises(Refused, match="was registered by the column 'patient'") as caught:
             registry.check("letters", plan_for(person_id=person_id))
         assert caught.value.rule == "data"
     assert registry.check("letters", plan_for(person_id="patient")).persons == 3

@@ -17,6 +17,7 @@ from confide.common.wording import command, several
 if TYPE_CHECKING:
     from confide.client.home import Home
     from confide.client.opening import Opened
+    from confide.client.policy import Policy
     from confide.client.readiness import Check, Spread
     from confide.common.entries import DataSet
     from confide.common.ledger import Book

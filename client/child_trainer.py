@@ -124,7 +124,8 @@ class ChildTrainer:
     def process(self) -> int | None:
         """The child's process id, or None if there is no child now."""
         with self._pid_lock:
-            return None if self._child is None else self._child.process.pid
+            child = self._child
+            return None if child is None or child.link.ended else child.process.pid
 
     def load(self) -> None:
         """Return once a child is ready; one that is there stays. Between rounds this costs no round its time.

@@ -374,7 +374,7 @@ class Journal:
             return cls(
                 connection, path=None, identity=identity, clock=clock, wait_s=wait_s, read=_read(connection, None)
             )
-        draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+        draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
         try:
             os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, 0o600))
             with contextlib.closing(_connect(draft, wait_s)) as connection:

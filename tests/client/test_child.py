@@ -456,6 +456,19 @@ def test_rows_that_change_between_two_loads_are_not_trained_unsaid(standing: Sta
     assert "has changed since it was loaded" in str(given_up)
 
 
+def test_a_child_that_dies_between_rounds_is_known_to_be_gone_at_once(standing: Standing) -> None:
+    trainer = standing("tell()")
+    process = trainer.process
+    assert process is not None
+
+    os.kill(process, signal.SIGKILL)
+
+    assert gone(process)
+    assert trainer.process is None
+    trainer.load()
+    assert trainer.process not in {None, process}
+
+
 def test_a_closed_trainer_trains_nothing(standing: Standing) -> None:
     trainer = standing("tell()")
 

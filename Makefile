@@ -28,9 +28,10 @@ help:
 demo: $(DEMO)
 	$(BIN)/confide simulate demo
 
-# One thread per test process: with one process per core, more would only stand in each other's way.
+# One thread per test process: with one process per core, more would only stand in each other's way. Work is stolen, for
+# the last tests are those of real agents, which take long.
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 # The tests come last, so that their closing line is the last word.
 check: format lint types imports docs test

@@ -287,7 +287,11 @@ def policy_of(home: Home) -> Policy:
         UsageError: It is missing or malformed, open to others, no plain file of this user's, or another site's; then nothing is
             allowed.
     """
-    policy = read_policy(read_private(home.policy, LARGEST_POLICY_BYTES), str(home.policy))
+    try:
+        raw = read_private(home.policy, LARGEST_POLICY_BYTES)
+    except UsageError as error:
+        raise UsageError(f"{error} Without a policy, nothing is allowed.") from None
+    policy = read_policy(raw, str(home.policy))
     if policy.site != home.site:
         raise UsageError(
             f"The policy {home.policy} is for the site {policy.site!r}, and this is {home.site!r}. Write this site's own."

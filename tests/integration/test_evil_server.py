@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies
 
+from confide.client.agent import LAST_ATTEMPT
 from confide.common.attempt import Attempt, Gathering, places
 from confide.common.crypto import AgreementKey, Identity
 from confide.common.errors import Refused
@@ -309,7 +310,8 @@ def test_an_advertisement_of_which_any_byte_was_changed_is_refused() -> None:
     length = len(first.gathering().message.advertisements)
 
     for position in range(length):
-        play = server.play(attempt=2 + position)
+        number, attempt = divmod(position, LAST_ATTEMPT)
+        play = server.play(number=2 + number, attempt=1 + attempt)
         play.advertise()
         message = play.gathering().message
         raw = bytearray(message.advertisements)

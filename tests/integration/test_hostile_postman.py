@@ -57,6 +57,8 @@ from tests.conftest import plan_text
 from tests.evil import spoiled
 from tests.living import ADMIN, NAME, PEERS, RUN, STRANGER, Living, Others, failure
 
+pytestmark = pytest.mark.slow  # a real agent with its child
+
 ROOT = sys.platform == "linux" and os.geteuid() == 0
 as_root = pytest.mark.skipif(not ROOT, reason="only root can become another user, and only Linux is asked")
 POSTMAN, GROUP, OTHER_GROUP = 54_321, 54_322, 54_323
@@ -635,8 +637,6 @@ def test_a_postman_of_the_group_gets_answers_and_not_a_byte_of_the_steward_s_soc
 def test_another_user_can_read_nothing_of_the_site_though_it_may_pass_through(scene: Scene) -> None:
     script = """
 import os, sys
-
-pytestmark = pytest.mark.slow  # a real agent with its child
 os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[3]))
 found = []
 for name in ("", "ledger.db", "ledger.db-wal", "policy.toml", "keys", "keys/identity.pem", "data", "log", "rounds", "personal"):

@@ -360,7 +360,7 @@ def test_a_plan_without_a_column_of_persons_is_refused_where_whole_persons_are_p
 
     assert refusal.rule == "plan-privacy"
     assert "whole_persons" in str(refusal.error)
-    assert "registered by 'patient'" in str(refusal.error)
+    assert "registered by the column 'patient'" in str(refusal.error)
     assert no_row_was_read(refusal)
 
 

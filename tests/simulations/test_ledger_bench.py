@@ -79,7 +79,7 @@ def test_an_agent_that_cannot_begin_gives_no_figure_and_says_why(
     site = MadeUpSite.begin(folder, plan_file.read_bytes(), base_directory, persons=20)
     site.home.policy.unlink()
 
-    with pytest.raises(RunError, match=r"(?s)did not begin: .*Without one, nothing is allowed"), site.agent():
+    with pytest.raises(RunError, match=r"(?s)did not begin: .*Without a policy, nothing is allowed"), site.agent():
         pass
 
 

@@ -7,11 +7,12 @@ fingerprints, and the newest roster that all of them signed. A roster never goes
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 from confide.client.home import Home, read_private, replace_private, write_private
 from confide.client.keys import check_fingerprint, fingerprint, public_identity
@@ -162,18 +163,19 @@ class _Enrolled:
             }
         )
 
-    @classmethod
-    def parse(cls, raw: bytes) -> Self:
-        """Return what `canonical` wrote, the admins' signatures checked; raises ValueError and more if it is not."""
-        tree = json.loads(raw)
-        admins = tuple(bytes.fromhex(admin) for admin in tree["admins"])
-        if not 1 <= len(admins) <= MOST_ADMINS or list(admins) != sorted(set(admins)):
-            raise ValueError
-        signed = canonical_bytes(tree["roster"])
-        kept = cls(admins=admins, roster=read_roster(signed, admins), signed=signed)
-        if kept.canonical() != raw:
-            raise ValueError
-        return kept
+
+@functools.lru_cache(maxsize=4)  # an agent reads it before every message, and mostly it is the same
+def _parsed(raw: bytes) -> _Enrolled:
+    """Return what `canonical` wrote, the admins' signatures checked; raises ValueError and more if it is not."""
+    tree = json.loads(raw)
+    admins = tuple(bytes.fromhex(admin) for admin in tree["admins"])
+    if not 1 <= len(admins) <= MOST_ADMINS or list(admins) != sorted(set(admins)):
+        raise ValueError
+    signed = canonical_bytes(tree["roster"])
+    kept = _Enrolled(admins=admins, roster=read_roster(signed, admins), signed=signed)
+    if kept.canonical() != raw:
+        raise ValueError
+    return kept
 
 
 def _read(home: Home, federation: str) -> _Enrolled:
@@ -185,7 +187,7 @@ def _read(home: Home, federation: str) -> _Enrolled:
         )
     raw = read_private(path, _LARGEST_BYTES)
     try:
-        kept = _Enrolled.parse(raw)
+        kept = _parsed(raw)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, MessageError, Refused, UsageError):
         kept = None
     if kept is None or kept.roster.federation != federation:

@@ -59,6 +59,7 @@ from confide.common.messages import (
     open_envelope,
     seal,
 )
+from confide.common.roster import Roster
 from confide.common.signed_plan import SignedPlan
 from confide.common.witness import Witness
 
@@ -68,7 +69,6 @@ STOP: Final = "stop"
 _GLANCE_S = 0.2
 _ASKED = frozenset(message.kind for message in (Offer, Peers, Start, Survivors, Signatures))
 _TRAINED = (Survivors, Signatures)  # these come after training
-_RECORDED = frozenset({Offer.kind, Start.kind})  # what follows from these is in the ledger; a line waits for the disk
 _LINES_A_MINUTE = 60  # of one kind that the trail takes: nobody who brings messages can fill the disk
 _AGAIN_S = 60.0  # between two attempts to start a child that does not start
 _UNJUDGED_S = 600.0  # for which a plan is refused that took too long to judge
@@ -159,7 +159,7 @@ class Worker:
         if self._journal.book.federations.get(signed.federation) != joined:  # it lets in no roster of an earlier epoch
             self._journal.append(joined)
         self._model_digest = base_digest(self._model)
-        self._judge(rounds=plan.privacy.rounds - len(self._journal.book.rounds(signed.run)))
+        self._judge(roster, rounds=plan.privacy.rounds - len(self._journal.book.rounds(signed.run)))
         self._approved()
         rows = self._rows()
         self._journal.append(Started(process=secrets.token_hex(16), software=software(), words=self._keys.words))
@@ -307,7 +307,7 @@ class Worker:
     def _record(self, kind: str, told: Message) -> None:
         """Write an answer to the trail, unless there were too many within this minute; how many were left out is told."""
         failed = isinstance(told, Failure)
-        if not failed and kind not in _RECORDED:
+        if not failed and kind != Start.kind:  # offers have a line already, what follows on a start is in the ledger
             return
         left_out = (self._failures if failed else self._answers).take()
         if left_out is None:
@@ -343,10 +343,10 @@ class Worker:
                 "has the old ones. Stop it, and start it again.",
                 "compute",
             )
-        self._judge()
+        roster = enrolment.current(self._home, self._signed.federation)
+        self._judge(roster)
         self._approved()
         if offer is not None:
-            roster = enrolment.current(self._home, self._signed.federation)
             found = judge_offer(self._policy, self._signed.plan, offer, roster, self._clock())
             require(each for each in found if not (each.rule == "hours" and isinstance(message, _TRAINED)))
         if isinstance(message, Offer):
@@ -366,7 +366,7 @@ class Worker:
                 "data",
             )
 
-    def _judge(self, *, rounds: int = 0) -> None:
+    def _judge(self, roster: Roster, *, rounds: int = 0) -> None:
         """Return if the policy allows the plan on the data as they are, and the budget has room for so many rounds.
 
         What was found is remembered, whether it allows the plan or not, until policy, data or roster change: so messages that
@@ -374,7 +374,6 @@ class Worker:
         """
         book = self._journal.book
         data = book.data_set(self._data)
-        roster = enrolment.current(self._home, self._signed.federation)
         basis = self._policy, data.version, roster.digest
         known = self._judged
         if known is None or known.basis != basis or time.monotonic() > known.until or rounds:

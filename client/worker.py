@@ -11,6 +11,7 @@ It holds keys, ledger and sockets, and no model: that is the child's (`client/ch
 import dataclasses
 import logging
 import math
+import operator
 import secrets
 import threading
 import time
@@ -26,7 +27,7 @@ from confide.client.child_trainer import ChildTrainer
 from confide.client.gauges import Gauges
 from confide.client.home import Home
 from confide.client.journal import Journal, software
-from confide.client.judgement import Refusal, enforced, judge_offer, require
+from confide.client.judgement import Refusal, enforced, judge_hours, judge_offer, require
 from confide.client.kept import Kept
 from confide.client.keys import Keys
 from confide.client.link import Load
@@ -131,6 +132,11 @@ class Worker:
         self._at_start: tuple[float, ...]  # what of the policy cannot change while the agent runs
         self._model_digest = ""
         self._judged: _Judged | None = None
+        self._allowed: tuple[Policy | None, Roster | None, Offer | None] = (
+            None,
+            None,
+            None,
+        )  # the last offer, and by what
         self._version = 0  # of the rows that the child has; 0 if it has none that may be used
         self._declared = 0  # the N that the approval is for
         self.serving = False
@@ -347,14 +353,23 @@ class Worker:
         self._judge(roster)
         self._approved()
         if offer is not None:
-            found = judge_offer(self._policy, self._signed.plan, offer, roster, self._clock())
-            require(each for each in found if not (each.rule == "hours" and isinstance(message, _TRAINED)))
+            self._judge_offer(offer, roster, trained=isinstance(message, _TRAINED))
         if isinstance(message, Offer):
             self._reload()
         elif not self._version:  # an offer brought rows that may not be used, and was refused
             raise Refused(f"The rows of {self._data!r} could not be loaded. The next offer tries again.", "data")
         elif isinstance(message, Start):
             self._check_version()
+
+    def _judge_offer(self, offer: Offer, roster: Roster, *, trained: bool) -> None:
+        """Return if the policy allows the round that is offered; but for the hours once, until policy or roster change."""
+        basis, now = (self._policy, roster, offer), self._clock()
+        if all(map(operator.is_, self._allowed, basis)):
+            found = judge_hours(self._policy, now)
+        else:
+            found = judge_offer(self._policy, self._signed.plan, offer, roster, now)
+        require(each for each in found if not (each.rule == "hours" and trained))
+        self._allowed = basis
 
     def _check_version(self) -> None:
         """Return if the rows that the child has are those of the newest version: somebody may have withdrawn meanwhile."""

@@ -663,7 +663,7 @@ print(found)
 
 
 @settings(
-    max_examples=1500,
+    max_examples=600,
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -429,19 +429,21 @@ def _persons(policy: Policy, plan: Plan, persons: int, person_id: str | None) ->
     if person_id is not None and (plan.data.person_id or "") != person_id:
         yield Refusal(
             rule="data",
-            sentence=f"The plan tells persons apart {_unit(plan.data.person_id)}; the data set was registered {_unit(person_id)}, and "
-            f"its budget follows that. Ask for a plan with {'that' if person_id else 'no'} person_id, or register the table as the "
-            f"plan has it: {command('confide', 'site', 'data', 'add', 'NAME', 'TABLE', *_column(plan))}",
+            sentence=other_unit(plan, person_id),
         )
 
 
-def _unit(column: str | None) -> str:
-    """Spell how persons are told apart."""
-    return f"by the column {column!r}" if column else "row by row"
-
-
-def _column(plan: Plan) -> tuple[str, ...]:
-    return () if plan.data.person_id is None else ("--person-id", plan.data.person_id)
+def other_unit(plan: Plan, person_id: str, data: str = "") -> str:
+    """Say that a plan tells persons apart otherwise than they were registered, by the column `person_id`, or row by row."""
+    asked, registered = (
+        f"by the column {column!r}" if column else "row by row" for column in (plan.data.person_id, person_id)
+    )
+    column = ("--person-id", plan.data.person_id) if plan.data.person_id is not None else ()
+    return (
+        f"The plan tells persons apart {asked}; {repr(data) if data else 'the data set'} was registered {registered}, and its budget "
+        f"follows that. Ask for a plan with {'that' if person_id else 'no'} person_id, or register the table as the plan has it: "
+        f"{command('confide', 'site', 'data', 'add', data or 'NAME', 'TABLE', *column)}"
+    )
 
 
 def _noise_and_cost(policy: Policy, plan: Plan) -> Iterator[Refusal]:

@@ -167,8 +167,13 @@ def declared(persons: int) -> int:
 
     So from 10 persons on it is not their exact number, except by chance.
     """
-    unit = 10 ** max(0, len(str(persons)) - (2 if persons >= 100 else 1))
-    return int(persons // unit * unit)
+    unit = declared_unit(persons)
+    return persons // unit * unit
+
+
+def declared_unit(persons: int) -> int:
+    """Return what the number of so many persons is rounded to."""
+    return int(10 ** max(0, len(str(persons)) - (2 if persons >= 100 else 1)))
 
 
 def _persons(digests: bytes, contents: bytes, key: bytes, *, named: bool) -> Persons:

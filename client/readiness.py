@@ -15,7 +15,7 @@ import numpy as np
 
 from confide.client.data import BEYOND, load_reader, read_examples
 from confide.client.journal import Journal
-from confide.client.judgement import judge_release, require
+from confide.client.judgement import judge_release, other_unit, require
 from confide.client.mechanism import Randomness
 from confide.client.noise import CryptographicNoise, rounded_gaussian
 from confide.client.persons import identifier, read_persons
@@ -42,7 +42,6 @@ from confide.common.entries import DataSet, Release
 from confide.common.errors import DataError, Refused, UsageError
 from confide.common.examples import Ints
 from confide.common.plan import CLASSES, IMAGE_CLASSES, Plan
-from confide.common.wording import command
 
 FORMAT: Final = "confide-readiness/1"
 # These follow from the plan and from what the site declares: whether they pass tells nothing about rows.
@@ -105,16 +104,7 @@ def check_unit(data: DataSet, plan: Plan) -> None:
         Refused: It tells persons apart by another column than the one they were registered by.
     """
     if (plan.data.person_id or "") != data.person_id:
-        by, registered = (
-            f"by the column {column!r}" if column else "row by row" for column in (plan.data.person_id, data.person_id)
-        )
-        column = ("--person-id", plan.data.person_id) if plan.data.person_id else ()
-        raise Refused(
-            f"The plan tells persons apart {by}; {data.data!r} was registered {registered}, and its budget follows that. Ask for a "
-            f"plan with {'that' if data.person_id else 'no'} person_id, or register the table as the plan has it: "
-            f"{command('confide', 'site', 'data', 'add', data.data, 'TABLE', *column)}",
-            "data",
-        )
+        raise Refused(other_unit(plan, data.person_id, data.data), "data")
 
 
 def examine(

@@ -132,11 +132,8 @@ class Worker:
         self._at_start: tuple[float, ...]  # what of the policy cannot change while the agent runs
         self._model_digest = ""
         self._judged: _Judged | None = None
-        self._allowed: tuple[Policy | None, Roster | None, Offer | None] = (
-            None,
-            None,
-            None,
-        )  # the last offer, and by what
+        # The last offer that was allowed, and by what.
+        self._allowed: tuple[Policy | None, Roster | None, Offer | None] = (None, None, None)
         self._version = 0  # of the rows that the child has; 0 if it has none that may be used
         self._declared = 0  # the N that the approval is for
         self.serving = False

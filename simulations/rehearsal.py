@@ -22,6 +22,7 @@ from typing import Self
 from confide.client import postbox
 from confide.client.conformance import certify
 from confide.client.data import load_reader, read_examples
+from confide.client.persons import declared_unit
 from confide.client.running import listens
 from confide.client.synthetic import write_synthetic
 from confide.common.canonical import canonical_bytes
@@ -249,5 +250,5 @@ class _Channel:
 def _persons(plan: Plan) -> int:
     """Return the fewest persons whose number, as it is declared, is what the plan asks for."""
     least = plan.privacy.min_persons
-    unit = 10 ** max(0, len(str(least)) - (2 if least >= 100 else 1))
-    return int(-(-least // unit) * unit)
+    unit = declared_unit(least)
+    return -(-least // unit) * unit

@@ -30,7 +30,7 @@ FORMAT: Final = "confide-trail/1"
 LONGEST_TEXT = 1000
 MOST_FIELDS = 32
 LARGEST_FILE_BYTES = 16 << 20
-WARNINGS_A_MINUTE = 60
+LINES_A_MINUTE = 60  # of one kind: nobody who can cause them can fill the disk
 _FIRST = "sha256:" + "0" * 64
 _FILE = re.compile(r"trail-(\d{6})\.jsonl")
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
@@ -147,11 +147,35 @@ class Trail:
         self._end = _End(path=path, size=size + len(line), seq=end.seq + 1, head=sha256(line))
 
 
-class TrailHandler(logging.Handler):
-    """Writes warnings to a trail, as the event `log`. Of an exception it writes the class only.
+class Allowance:
+    """How many lines of one kind a trail takes: LINES_A_MINUTE. What is beyond is counted, and told with the next line.
 
-    At most WARNINGS_A_MINUTE of them, so that nobody who can cause warnings can fill the disk; how many were left out is
-    written with the next.
+    Args:
+        a_minute: How many lines a minute.
+        clock: Gives seconds that never go back.
+    """
+
+    def __init__(self, a_minute: int = LINES_A_MINUTE, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._a_minute = a_minute
+        self._clock = clock
+        self._began = -math.inf
+        self._taken = self._left_out = 0
+
+    def take(self) -> dict[str, Value] | None:
+        """Return what the next line shall hold besides: how many were left out before it; None if it is left out too."""
+        now = self._clock()
+        if now - self._began >= 60:
+            self._began, self._taken = now, 0
+        if self._taken >= self._a_minute:
+            self._left_out += 1
+            return None
+        self._taken += 1
+        left_out, self._left_out = self._left_out, 0
+        return {"left_out": left_out} if left_out else {}
+
+
+class TrailHandler(logging.Handler):
+    """Writes warnings to a trail, as the event `log`, as many as an Allowance allows. Of an exception it writes the class.
 
     Args:
         trail: The trail.
@@ -164,20 +188,13 @@ class TrailHandler(logging.Handler):
     ) -> None:
         super().__init__(level)
         self._trail = trail
-        self._clock = clock
-        self._minute = -math.inf
-        self._written = self._left_out = 0
+        self._allowance = Allowance(clock=clock)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record; one that cannot be written is told to the standard error, as handlers do."""
         try:
-            now = self._clock()
-            if now - self._minute >= 60:
-                self._minute, self._written = now, 0
-            if self._written >= WARNINGS_A_MINUTE:
-                self._left_out += 1
+            if (left_out := self._allowance.take()) is None:
                 return
-            self._written += 1
             fields: dict[str, Value] = {
                 "level": record.levelname.lower(),
                 "logger": record.name,
@@ -185,9 +202,7 @@ class TrailHandler(logging.Handler):
             }
             if record.exc_info and record.exc_info[0] is not None:
                 fields["exception"] = record.exc_info[0].__name__
-            if self._left_out:
-                fields["left_out"], self._left_out = self._left_out, 0
-            self._trail.record("log", fields)
+            self._trail.record("log", fields | left_out)
         except Exception:
             self.handleError(record)
 

@@ -38,7 +38,7 @@ from confide.client.readiness import check_unit
 from confide.client.registry import Current, Registry
 from confide.client.seen import check_goes_on, seen_in
 from confide.client.spends import Spends
-from confide.client.trail import Trail, Value
+from confide.client.trail import Allowance, Trail, Value
 from confide.client.verdict import Question, verdict
 from confide.common.base import base_digest
 from confide.common.bounds import ring_layout
@@ -70,7 +70,6 @@ STOP: Final = "stop"
 _GLANCE_S = 0.2
 _ASKED = frozenset(message.kind for message in (Offer, Peers, Start, Survivors, Signatures))
 _TRAINED = (Survivors, Signatures)  # these come after training
-_LINES_A_MINUTE = 60  # of one kind that the trail takes: nobody who brings messages can fill the disk
 _AGAIN_S = 60.0  # between two attempts to start a child that does not start
 _UNJUDGED_S = 600.0  # for which a plan is refused that took too long to judge
 
@@ -139,7 +138,7 @@ class Worker:
         self.serving = False
         self.trail = Trail(home.log, clock=clock)
         self.gauges = Gauges(home.site, clock=clock)
-        self._offers, self._answers, self._failures = _Lines(), _Lines(), _Lines()
+        self._offers, self._answers, self._failures = Allowance(), Allowance(), Allowance()
         self._tried = -math.inf  # when a child was last tried to be started between rounds
 
     @contextmanager
@@ -300,7 +299,7 @@ class Worker:
         """Return the agent's answer. That an attempt was offered is in the trail first: without room there nothing begins."""
         if kind == Offer.kind and (left_out := self._offers.take()) is not None:
             try:
-                self.trail.record("offered", {"left_out": left_out} if left_out else {})
+                self.trail.record("offered", left_out)
             except RunError as error:
                 self._untold(error)
                 return seal(Failure.of(error))
@@ -318,7 +317,7 @@ class Worker:
         fields: dict[str, Value] = {"asked": kind, "answered": told.kind}
         if isinstance(told, Failure):
             fields |= {"error": told.error, "rule": told.rule}
-        self._note("message", fields | ({"left_out": left_out} if left_out else {}))
+        self._note("message", fields | left_out)
 
     def _note(self, event: str, fields: Mapping[str, Value]) -> None:
         """Write to the trail what has happened already. If that fails it is told otherwise, and what is going on goes on."""
@@ -591,25 +590,6 @@ class _Judged:
     basis: _Basis
     refusals: tuple[Refusal, ...]
     until: float = math.inf
-
-
-class _Lines:
-    """Counts the lines of one kind in the trail, so that there are no more than _LINES_A_MINUTE."""
-
-    def __init__(self) -> None:
-        self._minute = self._taken = self._left_out = 0
-
-    def take(self) -> int | None:
-        """Return how many lines were left out since the last one if another may be written, else None."""
-        minute = int(time.monotonic() // 60)
-        if minute != self._minute:
-            self._minute, self._taken = minute, 0
-        if self._taken >= _LINES_A_MINUTE:
-            self._left_out += 1
-            return None
-        self._taken += 1
-        left_out, self._left_out = self._left_out, 0
-        return left_out
 
 
 def _lasting(policy: Policy) -> tuple[float, ...]:

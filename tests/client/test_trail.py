@@ -313,7 +313,7 @@ def test_nobody_who_can_cause_warnings_can_fill_the_disk(tmp_path: Path) -> None
     now = 61.0
     logger.warning("once more")
 
-    assert len(lines(tmp_path)) == module.WARNINGS_A_MINUTE + 1
+    assert len(lines(tmp_path)) == module.LINES_A_MINUTE + 1
     assert lines(tmp_path)[-1]["left_out"] == 40
 
 

@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 
 from confide.client import enrolment, postbox
+from confide.client import worker as workers
 from confide.client.agent import Agent
 from confide.client.approval import Terms, approve, revoke
 from confide.client.home import Home, replace_private, write_private
@@ -32,6 +34,7 @@ from confide.client.mechanism import Delta, Mechanism, Randomness
 from confide.client.membership import Membership
 from confide.client.policy import approver_entry
 from confide.client.registry import Registry
+from confide.client.verdict import judged, verdict
 from confide.client.worker import STATUS, STOP, Assignment, Worker
 from confide.common.accounting import planned_spend
 from confide.common.adapter import Floats, Layout
@@ -168,10 +171,11 @@ class Living:
 
     @contextlib.contextmanager
     def worker(self, **options: Any) -> Iterator[Worker]:
-        """The agent, as a process makes it, with the site's lock held."""
+        """The agent, as a process makes it, with the site's lock held; it judges plans in this process, if not told else."""
         home, journal_clock = self.home, options.get("clock", time.time)
-        model = options.pop("model", None)
-        with home.lock(), self.journal(journal_clock) as journal:
+        model, judge = options.pop("model", None), options.pop("judge", judged)
+        judging = mock.patch.object(workers, "verdict", judge)
+        with judging, home.lock(), self.journal(journal_clock) as journal:
             yield Worker(home, self._keys, journal, self.assignment(model), **options)
 
     @contextlib.contextmanager
@@ -252,7 +256,7 @@ class Living:
 def serve(root: str, model: str) -> None:
     """Be the agent of the site in `root` until it is stopped."""
     living = Living(root=Path(root), model=Path(model))
-    with living.worker() as worker:
+    with living.worker(judge=verdict) as worker:
         worker.serve()
 
 

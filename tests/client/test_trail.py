@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from confide.client import trail as module
-from confide.client.trail import Trail, TrailHandler, verify_trail
+from confide.client.trail import Allowance, Trail, TrailHandler, verify_trail
 from confide.common.canonical import canonical_bytes
 from confide.common.errors import RunError, UsageError
 
@@ -315,6 +315,18 @@ def test_nobody_who_can_cause_warnings_can_fill_the_disk(tmp_path: Path) -> None
 
     assert len(lines(tmp_path)) == module.LINES_A_MINUTE + 1
     assert lines(tmp_path)[-1]["left_out"] == 40
+
+
+def test_a_trail_takes_so_many_lines_a_minute_and_tells_how_many_were_left_out() -> None:
+    now = 0.0
+    allowance = Allowance(clock=lambda: now)
+
+    taken = [allowance.take() for _ in range(70)]
+    now = 60.0
+    following = [allowance.take() for _ in range(2)]
+
+    assert taken == [{}] * 60 + [None] * 10
+    assert following == [{"left_out": 10}, {}]
 
 
 def test_a_warning_that_cannot_be_written_ends_nothing(

@@ -9,7 +9,6 @@ from typing import Any, cast
 import pytest
 
 from confide.client import enrolment
-from confide.client import worker as workers
 from confide.client.home import replace_private
 from confide.client.judgement import policy_of
 from confide.client.postbox import private_folder
@@ -109,17 +108,3 @@ def test_rows_of_more_persons_than_the_policys_delta_is_for_are_not_accepted(sit
             worker._accept(cast(Any, SimpleNamespace(fingerprint=data.fingerprint, person_count=200)), rows)
 
     assert refused.value.rule == "budget"
-
-
-def test_the_trail_takes_so_many_lines_a_minute_and_tells_how_many_were_left_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    lines, now = workers._Lines(), 0.0
-    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: now))
-
-    taken = [lines.take() for _ in range(70)]
-    now = 60.0
-    following = [lines.take() for _ in range(2)]
-
-    assert taken == [0] * 60 + [None] * 10
-    assert following == [10, 0]

@@ -47,6 +47,11 @@ class Spends:
         return self._journal.book.spends(self._run)
 
     @property
+    def begun(self) -> int:
+        """How many of the run's rounds were reserved, whatever became of them."""
+        return len(self._journal.book.rounds(self._run))
+
+    @property
     def last_attempt(self) -> tuple[int, int]:
         """The newest round and attempt that a masked vector left for, or was about to; (0, 0) if there is none."""
         masked = [

@@ -259,18 +259,17 @@ class Worker:
         }
 
     def _answer(self, agent: Agent, envelope: Envelope) -> Envelope:
-        told_kind, began = kind_of(envelope), self._clock()
+        told_kind, at = kind_of(envelope), self._clock()
         kind = told_kind if told_kind in _ASKED else "unreadable"  # whatever a stranger wrote there is not repeated
         self._tell("training" if kind == Start.kind else "answering")
-        spent = len(agent.spends.spends)
+        begun = agent.spends.begun
         try:
             answer = self._answered(agent, kind, envelope)
         finally:
             self._tell("idle")
-        seconds = max(0.0, self._clock() - began)
+        seconds = max(0.0, self._clock() - at)
         told = open_envelope(answer)
-        spent = len(agent.spends.spends) - spent
-        self._count(kind, told, spent, seconds)
+        self._count(kind, told, agent.spends.begun - begun, seconds)
         self._record(kind, told)
         _log.info(
             "%s: %s in %.1f s",
@@ -281,11 +280,11 @@ class Worker:
         self._measure()
         return answer
 
-    def _count(self, kind: str, told: Message, spent: int, seconds: float) -> None:
-        """Tell the gauges of a message that was answered."""
-        for _ in range(spent):
+    def _count(self, kind: str, told: Message, begun: int, seconds: float) -> None:
+        """Tell the gauges of a message that was answered, and of the rounds that were begun for it."""
+        for _ in range(begun):
             self.gauges.spent()
-        if spent > 0 and isinstance(told, Contribution):
+        if begun > 0 and isinstance(told, Contribution):
             self.gauges.trained(seconds)
         if not isinstance(told, Failure):
             self.gauges.answered(kind)

@@ -532,7 +532,7 @@ class Clock:
 @pytest.fixture(scope="module")
 def clocked(base_directory: Path) -> Iterator[tuple[Ward, Worker, Clock]]:
     """A site whose agent's clock is set by the tests."""
-    clock = Clock(time.time() + DAY_S)
+    clock = Clock(time.time())
     with a_ward(base_directory, steps=2) as ward, ward.site.served(clock=clock) as worker:
         yield ward, worker, clock
 
@@ -542,6 +542,7 @@ def test_a_clock_that_goes_back_while_the_agent_runs_takes_the_ledger_nowhere(
     clocked: tuple[Ward, Worker, Clock],
 ) -> None:
     ward, _, clock = clocked
+    clock.shown = ward.site.book.at + DAY_S
 
     assert ward.works_on()
     before = ward.site.book.at
@@ -560,7 +561,7 @@ def test_where_the_ledgers_time_is_far_ahead_of_the_clock_no_approval_is_relied_
     clocked: tuple[Ward, Worker, Clock],
 ) -> None:
     ward, worker, clock = clocked
-    began = clock.shown
+    began = clock.shown = ward.site.book.at + DAY_S
 
     clock.shown += 20 * DAY_S  # for a moment, by a mistake of whoever sets clocks
     assert ward.works_on()

@@ -178,9 +178,13 @@ class Postbox:
     def _attend(self, visit: "_Visit") -> None:
         connection = visit.connection
         try:
-            _send(connection, "", Envelope(body=canonical_bytes({"sites": sorted(self._answers)})), _PATIENCE_S)
-            if not connection.recv(1, socket.MSG_PEEK):
-                return  # the caller wanted the names only
+            try:
+                _send(connection, "", Envelope(body=canonical_bytes({"sites": sorted(self._answers)})), _PATIENCE_S)
+                asks = bool(connection.recv(1, socket.MSG_PEEK))
+            except (BrokenPipeError, ConnectionResetError):
+                asks = False
+            if not asks:
+                return  # the caller wanted the names, or to know whether anybody is here
             site, envelope = _receive(connection, _PATIENCE_S, lambda size: self._make_room(visit, size))
             arrived = time.monotonic()
             if site not in self._answers:

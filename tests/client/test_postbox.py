@@ -169,6 +169,18 @@ def test_a_silent_connection_keeps_nobody_waiting(folder: Path) -> None:
     assert answer.body == b"a body"
 
 
+def test_who_only_looks_whether_somebody_is_there_leaves_no_trace(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with served(folder / "agent", north=echo):
+        for _ in range(postbox.MOST_CONNECTIONS - 1):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as glance:
+                glance.connect(str(folder / "agent"))
+        postbox.call(folder / "agent", "north", Envelope(body=b"a body"), 30)
+
+    assert not caplog.records
+
+
 def test_an_answer_that_fails_ends_its_connection_only(folder: Path) -> None:
     def fail(envelope: Envelope) -> Envelope:
         raise ValueError

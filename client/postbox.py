@@ -178,13 +178,8 @@ class Postbox:
     def _attend(self, visit: "_Visit") -> None:
         connection = visit.connection
         try:
-            try:
-                _send(connection, "", Envelope(body=canonical_bytes({"sites": sorted(self._answers)})), _PATIENCE_S)
-                asks = bool(connection.recv(1, socket.MSG_PEEK))
-            except (BrokenPipeError, ConnectionResetError):
-                asks = False
-            if not asks:
-                return  # the caller wanted the names, or to know whether anybody is here
+            if not self._greet(connection):
+                return
             site, envelope = _receive(connection, _PATIENCE_S, lambda size: self._make_room(visit, size))
             arrived = time.monotonic()
             if site not in self._answers:
@@ -197,6 +192,14 @@ class Postbox:
                 self._complaints.log(f"a connection was closed: {str(error) or type(error).__name__}")
         finally:
             self._let_out(connection)
+
+    def _greet(self, connection: socket.socket) -> bool:
+        """Tell a caller the names of the sites. Return whether more comes: who only looks who is here has gone by then."""
+        try:
+            _send(connection, "", Envelope(body=canonical_bytes({"sites": sorted(self._answers)})), _PATIENCE_S)
+            return bool(connection.recv(1, socket.MSG_PEEK))
+        except (BrokenPipeError, ConnectionResetError):
+            return False
 
     def _make_room(self, visit: "_Visit", size: int) -> None:
         """Return if a frame of so many bytes may be taken in; it counts until the connection ends."""

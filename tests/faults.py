@@ -115,7 +115,9 @@ class Outcome:
     broken: tuple[str, ...]
 
 
-def sweep(folder: Path, most: Mapping[str, int], *, to_the_end: bool = True) -> dict[str, list[Outcome]]:
+def sweep(
+    folder: Path, most: Mapping[str, int], *, rounds: Iterable[int] = range(1, ROUNDS + 1), to_the_end: bool = True
+) -> dict[str, list[Outcome]]:
     """Return the outcomes of runs with faults at moments that are spread evenly over the rounds, by the kind of fault.
 
     Args:
@@ -123,11 +125,12 @@ def sweep(folder: Path, most: Mapping[str, int], *, to_the_end: bool = True) -> 
         most: How many runs at most of each kind: `once`, killed at a moment; `twice`, killed a second time while it
             starts anew; `anywhere`, ended when a clock runs out, be it in the middle of SQLite's own work; or `full`,
             where nobody is killed, and the disk has no room from a moment on until the answer has left.
+        rounds: In which rounds there are faults.
         to_the_end: Whether all rounds that are left are run after it, not only those up to the next with a sum.
     """
     script = "import sys; from tests import faults; faults.main(*sys.argv[1:])"
     done = subprocess.run(
-        [sys.executable, "-c", script, str(folder), json.dumps(dict(most)), "end" * to_the_end],
+        [sys.executable, "-c", script, str(folder), json.dumps(dict(most)), json.dumps([*rounds]), "end" * to_the_end],
         cwd=_ROOT,
         env={**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
@@ -142,7 +145,7 @@ def sweep(folder: Path, most: Mapping[str, int], *, to_the_end: bool = True) -> 
     return outcomes
 
 
-def main(folder: str, most: str, to_the_end: str) -> None:
+def main(folder: str, most: str, rounds: str, to_the_end: str) -> None:
     """Print each outcome of a sweep as a line of JSON."""
     assert "torch" not in sys.modules
     logging.disable(logging.CRITICAL)
@@ -160,8 +163,9 @@ def main(folder: str, most: str, to_the_end: str) -> None:
         assert not told.broken, told.broken
         lives.append((number, disks, state, told.moments))
         state = told.state
+    faulty = [life for life in lives if life[0] in json.loads(rounds)]
     for how, count in json.loads(most).items():
-        for life in _PLANS[how](lives, count):
+        for life in _PLANS[how](faulty, count):
             outcome = _lived(ground, Path(folder) / "run", how, life, to_the_end=bool(to_the_end))
             print(json.dumps(dataclasses.asdict(outcome)), flush=True)
 

@@ -661,7 +661,7 @@ print(found)
 
 
 @settings(
-    max_examples=300,
+    max_examples=600,
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
@@ -672,9 +672,11 @@ def test_many_more_envelopes_that_are_spoiled_get_a_fixed_sentence(scene: Scene,
 
 def test_after_all_of_this_the_ledger_holds(scene: Scene) -> None:
     scene.honest()
+    while len(scene.site.book.rounds(RUN)) <= 10:  # where few tests were run here before this one
+        scene.honest()
 
     book = scene.site.book
 
-    assert book.rounds(RUN)
+    assert len(book.rounds(RUN)) > 10
     assert all(known.state == "committed" for known in book.rounds(RUN).values())
     assert scene.worker.gauges.health()["status"] == "ok"

@@ -7,6 +7,7 @@ every point of all of them the ledger counts at least what really happened, and 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import resource
@@ -87,11 +88,18 @@ def test_wherever_the_disk_is_full_nothing_is_trained_on_its_word_and_the_site_w
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("how", "most", "least"),
-    [("once", 240, 150), ("twice", 10_000, 80), ("full", 100, 60), ("anywhere", 50, 50)],
-)
-def test_at_every_moment_of_a_run_there_may_be_a_fault(tmp_path: Path, how: str, most: int, least: int) -> None:
+@pytest.mark.parametrize(("rounds", "least"), [((1, 2), 180), ((3, 4), 80), ((5, 6), 140)])
+def test_at_every_moment_of_a_run_a_site_may_be_killed(tmp_path: Path, rounds: tuple[int, int], least: int) -> None:
+    outcomes = faults.sweep(tmp_path, {"once": 10_000}, rounds=rounds, to_the_end=False)["once"]
+
+    assert nothing_broken(outcomes)
+    assert {outcome.round for outcome in outcomes} == set(rounds)
+    assert len(outcomes) >= least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "most", "least"), [("twice", 10_000, 80), ("full", 100, 60), ("anywhere", 50, 50)])
+def test_at_many_moments_of_a_run_there_may_be_a_fault(tmp_path: Path, how: str, most: int, least: int) -> None:
     outcomes = faults.sweep(tmp_path, {how: most}, to_the_end=False)[how]
 
     assert nothing_broken(outcomes)
@@ -582,40 +590,59 @@ def test_where_the_ledgers_time_is_far_ahead_of_the_clock_no_approval_is_relied_
     assert "the clock was wrong once, or is now" in str(caught.value)
 
 
+ENDS: dict[str, Callable[[Ward, "subprocess.Popen[bytes]"], RoundRecord | None]] = {
+    "idle": lambda ward, process: process.kill(),
+    "training": lambda ward, process: ward.in_training(process.kill),
+    "stopped": lambda ward, process: ward.in_training(ward.site.stop),
+    "peers": lambda ward, process: ward.before("peers", lambda: killed(process)),
+    "survivors": lambda ward, process: ward.before("survivors", lambda: killed(process)),
+    "signatures": lambda ward, process: ward.before("signatures", lambda: killed(process)),
+}
+
+
+def settled_after(ward: Ward, *ends: str) -> Iterator[Round | None]:
+    """End an agent after another, and yield what the next one made of the round that was under way, if it had begun."""
+    for last, end in itertools.pairwise(["", *ends, ""]):
+        with ward.site.process() as process:
+            if last:
+                yield ward.site.rounds.get(ward.round)
+            assert ward.works_on(), last
+            if end:
+                started = children(process.pid)
+                record = ENDS[end](ward, process)
+                code = process.wait(30)
+                until(functools.partial(gone, started), 10)
+                assert started, end
+                assert record is None or not record.present, end
+                assert code == (0 if end == "stopped" else -signal.SIGKILL), end
+
+
 @pytest.mark.slow
 @linux
-def test_however_an_agent_ends_it_leaves_no_child_behind_and_a_new_one_works_on(base_directory: Path) -> None:
-    ends: dict[str, Callable[[Ward, subprocess.Popen[bytes]], RoundRecord | None]] = {
-        "killed idle": lambda ward, process: process.kill(),
-        "killed in training": lambda ward, process: ward.in_training(process.kill),
-        "stopped in training": lambda ward, process: ward.in_training(ward.site.stop),
-        "killed after training": lambda ward, process: ward.before("survivors", lambda: killed(process)),
-    }
-    settled: dict[str, Round | None] = {}
-
+def test_an_agent_that_ends_in_training_or_idle_leaves_no_child_behind_and_a_new_one_works_on(
+    base_directory: Path,
+) -> None:
     with a_ward(base_directory) as ward:
-        for last, (name, end) in zip(["", *ends], [*ends.items(), ("", None)], strict=True):
-            with ward.site.process() as process:
-                settled[last] = ward.site.rounds.get(ward.round)
-                assert ward.works_on(), last
-                if end is not None:
-                    started = children(process.pid)
-                    record = end(ward, process)
-                    code = process.wait(30)
-                    until(functools.partial(gone, started), 10)
-                    assert started, name
-                    assert record is None or not record.present, name
-                    assert code == (0 if name.startswith("stopped") else -signal.SIGKILL), name
+        _, forfeited, stopped = settled_after(ward, "idle", "training", "stopped")
 
-    forfeited, stopped, bound = (settled[f"{how} training"] for how in ("killed in", "stopped in", "killed after"))
     assert forfeited is not None
     assert forfeited.state == FORFEITED
     assert true_steps(forfeited) == STEPS
     assert stopped is not None
     assert stopped.state == REFUNDED
     assert true_steps(stopped) < STEPS
-    assert bound is not None
-    assert bound.state == BOUND
+
+
+@pytest.mark.slow
+@linux
+def test_an_agent_that_is_killed_between_exchanges_leaves_no_child_behind_and_a_new_one_works_on(
+    base_directory: Path,
+) -> None:
+    with a_ward(base_directory) as ward:
+        before_training, *after_training = settled_after(ward, "peers", "survivors", "signatures")
+
+    assert before_training is None
+    assert [known and known.state for known in after_training] == [BOUND, BOUND]
 
 
 def killed(process: "subprocess.Popen[bytes]") -> int:
